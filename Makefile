@@ -1,0 +1,25 @@
+# Everything runs from one virtual environment that this file makes; PYTHON picks the interpreter.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: install demo test lint bench gpu-check test-abi clean
+
+install: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow"
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

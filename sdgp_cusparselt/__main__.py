@@ -1,0 +1,8 @@
+"""``python -m sdgp_cusparselt``."""
+
+import sys
+
+from sdgp_cusparselt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

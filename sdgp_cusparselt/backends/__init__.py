@@ -1,0 +1,1 @@
+"""What can multiply: one module per backend, one contract (base)."""

@@ -1,0 +1,42 @@
+"""The ``sdgp`` console script; ``python -m sdgp_cusparselt`` is the same."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sdgp_cusparselt import __version__
+
+#: subcommand -> (module in sdgp_cusparselt.commands, help). Only the chosen module is imported,
+#: so that ``sdgp info`` works where another command's dependencies are missing.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "info": ("info", "print an environment report; never fails"),
+    "train": ("train", "train dense and pruned networks side by side on real data"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser; only ``command`` gets its own arguments, because only it is imported."""
+    parser = argparse.ArgumentParser(prog="sdgp", description="SDGP on 2:4 sparse tensor cores")
+    parser.add_argument("--version", action="version", version=f"sdgp_cusparselt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module_name, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        if name == command:
+            module = importlib.import_module(f"sdgp_cusparselt.commands.{module_name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    args = build_parser(command).parse_args(arguments)
+    code: int = args.run(args)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

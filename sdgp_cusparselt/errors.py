@@ -1,0 +1,32 @@
+"""Exceptions and warnings of the upper layer; ``pycusparselt.errors`` has the binding's own."""
+
+
+class SDGPError(Exception):
+    """Base class of everything this package raises on its own account."""
+
+
+class NotSupportedError(SDGPError, NotImplementedError):
+    """No backend can run this problem; the message lists every backend's reasons."""
+
+
+class EquivalenceError(SDGPError, ArithmeticError):
+    """A backend's result lies outside the bound derived from its dtype and reduction length."""
+
+
+class SDGPFallbackWarning(UserWarning):
+    """A layer runs on another backend than the one asked for; issued once per layer and reason."""
+
+
+def value_error(function: str, argument: str, rule: str, got: object, fix: str) -> ValueError:
+    """Build the one form that every ValueError of this package has."""
+    return ValueError(message(function, argument, rule, got, fix))
+
+
+def type_error(function: str, argument: str, rule: str, got: object, fix: str) -> TypeError:
+    """Build the one form that every TypeError of this package has."""
+    return TypeError(message(function, argument, rule, got, fix))
+
+
+def message(function: str, argument: str, rule: str, got: object, fix: str) -> str:
+    """Return ``<function>: <argument> must be <rule>, got <value>. <what to do>``."""
+    return f"{function}: {argument} must be {rule}, got {got}. {fix}"

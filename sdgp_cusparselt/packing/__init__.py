@@ -1,0 +1,1 @@
+"""The compression layer: from a gradient to cuSPARSELt's compressed operand."""

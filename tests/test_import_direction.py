@@ -1,0 +1,121 @@
+"""Imports follow the architecture: a module imports only modules above it in these lists."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Top is imported by everything, bottom imports everything; modules on one line are peers.
+ORDER = {
+    "pycusparselt": ["errors abi", "loader", "cusparselt", "objects", "__init__"],
+    "sdgp_cusparselt": [
+        "errors cache arrays",
+        "config",
+        "pruning",
+        "packing.layout",
+        "packing.packed packing.drawing",
+        "packing.reference",
+        "packing.kernels",
+        "packing.launch",
+        "packing.certify",
+        "packing.__init__",
+        "backends.base",
+        "backends.dense",
+        "backends.cusparselt",
+        "backends.__init__",
+        "tuning",
+        "dispatch",
+        "ops",
+        "functional",
+        "nn",
+        "convert",
+        "telemetry",
+        "training",
+        "diagnostics planner",
+        "__init__",
+        "commands",
+        "cli",
+        "__main__",
+    ],
+}
+FOLDERS = {"pycusparselt": "bindings/pycusparselt", "sdgp_cusparselt": "sdgp_cusparselt"}
+
+
+def module_name(path: Path, package: str) -> str:
+    return ".".join(path.relative_to(ROOT / FOLDERS[package]).with_suffix("").parts)
+
+
+def rank(package: str, name: str) -> int:
+    """Longest prefix of name that ORDER knows; a folder stands for all its modules."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        for index, line in enumerate(ORDER[package]):
+            if prefix in line.split():
+                return index
+    raise AssertionError(f"{package}.{name} has no place in ORDER: give it one")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise AssertionError(f"{path}:{node.lineno}: relative import; write it in full")
+            for alias in node.names:
+                found.append((node.lineno, f"{node.module}.{alias.name}"))
+    return found
+
+
+def violations(path: Path, package: str) -> list[str]:
+    own = module_name(path, package)
+    bad = []
+    for line, target in imports(path):
+        top, _, rest = target.partition(".")
+        if package == "pycusparselt" and top in ("torch", "sdgp_cusparselt", "numpy"):
+            bad.append(f"{path}:{line}: the binding never imports {top}")
+        if top != package or not rest or rest == "__version__":
+            continue
+        if rank(package, resolve(package, rest)) > rank(package, own):
+            bad.append(f"{path}:{line}: {own} imports {target}, which stands below it")
+    return bad
+
+
+def resolve(package: str, name: str) -> str:
+    """Drop trailing attribute names until the rest is a module or a package."""
+    parts = name.split(".")
+    while parts:
+        base = ROOT / FOLDERS[package] / Path(*parts)
+        if base.with_suffix(".py").exists():
+            return ".".join(parts)
+        if base.is_dir():
+            initial = ".".join([*parts, "__init__"])
+            known = any(initial in line.split() for line in ORDER[package])
+            return initial if known else ".".join(parts)
+        parts.pop()
+    return "__init__"
+
+
+MODULES = [
+    (package, path)
+    for package, folder in FOLDERS.items()
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("package, path", MODULES, ids=[f"{p}:{f.stem}" for p, f in MODULES])
+def test_imports_point_upwards(package: str, path: Path) -> None:
+    assert not violations(path, package)
+
+
+def test_the_check_sees_a_wrong_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sdgp_cusparselt"
+    folder.mkdir()
+    (folder / "pruning.py").write_text("from sdgp_cusparselt.nn import SDGPLinear\n")
+    (folder / "nn.py").write_text("")
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    assert violations(folder / "pruning.py", "sdgp_cusparselt")
