@@ -193,7 +193,7 @@ class _Conv2d(torch.autograd.Function):
         input, weight, _, ctx.conv, ctx.config, ctx.record = inputs
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
-            weight if any(ctx.needs_input_grad[:2]) else None,
+            weight,
         )
         ctx.input_shape = input.shape
 
