@@ -9,7 +9,15 @@ ROOT = Path(__file__).parents[1]
 
 # Top is imported by everything, bottom imports everything; modules on one line are peers.
 ORDER = {
-    "pycusparselt": ["errors abi", "loader", "cusparselt", "objects", "__init__"],
+    "pycusparselt": [
+        "errors abi",
+        "loader",
+        "cusparselt",
+        "lifetime",
+        "descriptors",
+        "objects",
+        "__init__",
+    ],
     "sdgp_cusparselt": [
         "errors cache arrays",
         "config",
