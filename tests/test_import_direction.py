@@ -19,7 +19,7 @@ ORDER = {
         "__init__",
     ],
     "sdgp_cusparselt": [
-        "errors cache arrays",
+        "errors cache arrays versions",
         "config",
         "pruning",
         "packing.layout",
@@ -34,7 +34,7 @@ ORDER = {
         "backends.gemm",
         "backends.base",
         "backends.dense",
-        "backends.plans",
+        "backends.plans backends.machine",
         "backends.convolution",
         "backends.cusparselt",
         "backends.__init__",

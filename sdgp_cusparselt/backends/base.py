@@ -41,6 +41,7 @@ class Problem:
         kernel_size: of that convolution.
         channels_last: whether the convolution's grad_output lies in memory pixel by pixel.
         config: what the user chose.
+        dense_order: "row" or "col", how the [K, N] operand lies in memory.
     """
 
     product: Product
@@ -53,6 +54,7 @@ class Problem:
     conv: ConvGeometry | None = None
     kernel_size: tuple[int, int] = (1, 1)
     channels_last: bool = True
+    dense_order: Literal["row", "col"] = "row"
 
     def describe(self) -> str:
         """Return the product's inputs, one per line, for an error message."""

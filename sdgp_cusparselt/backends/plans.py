@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pycusparselt as cslt
 import torch
@@ -182,7 +183,7 @@ def _planned_as(gemm: Gemm) -> Gemm:
     return gemm if rows == gemm.m else replace(gemm, m=rows)
 
 
-def dense_order(x: Tensor) -> str | None:
+def dense_order(x: Tensor) -> Literal["row", "col"] | None:
     """Return how a matrix lies in memory, "row" or "col", or None where a copy is needed."""
     if x.data_ptr() % ALIGNMENT:
         return None
