@@ -60,6 +60,11 @@ class LayerRecord:
         return LayerRecord, (self.name, Counter(self.calls), Counter(self.fallbacks))
 
 
+#: Stands for every layer in compiled code. A number per layer would be a constant of the graph, and
+#: blocks that are compiled one by one could not share their code.
+COMPILED = LayerRecord("compiled layers")
+
+
 def record_of(token: int) -> LayerRecord:
     """Return the record with that token; a new one if its layer is gone."""
     record = _records.get(token)
