@@ -37,7 +37,7 @@ def test_the_emulator_sees_a_wrong_order(lib: cslt.Library, emulator: Emulator) 
     problem = Problem(handle, Case())
     assert emulator.cdll.cusparseLtDestroy(_pointer(handle)) == Status.SUCCESS
     assert emulator.order_violations() == 1
-    with pytest.raises(CusparseLtError, match="NOT_INITIALIZED"):
+    with pytest.raises(CusparseLtError, match="INVALID_VALUE"):
         handle.close()
     assert problem.plan.closed
     emulator.reset()
