@@ -21,5 +21,9 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow"
 
+# Downloads the seven wheels that the binding promises to fit (1.4 GB, once, into build/wheels).
+test-abi: $(STAMP)
+	$(BIN)/python -m pytest -q -m abi tests/bindings
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
