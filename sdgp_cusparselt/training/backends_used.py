@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from sdgp_cusparselt.dispatch import LayerRecord
+from sdgp_cusparselt.nn import SDGPModule
 
 #: Layers that are not converted leave their backward pass to torch.
 AUTOGRAD = "torch autograd"
@@ -14,12 +14,11 @@ def backends_used(model: nn.Module) -> list[str]:
     A model without converted layers, or whose converted layers did not prune, answers with
     ``torch autograd``.
     """
-    records = (getattr(module, "record", None) for module in model.modules())
     names = {
         backend
-        for record in records
-        if isinstance(record, LayerRecord)
-        for product, backend in record.calls
+        for module in model.modules()
+        if isinstance(module, SDGPModule)
+        for product, backend in module.sdgp_record.calls
         if product == "grad_input"
     }
     return sorted(names) or [AUTOGRAD]

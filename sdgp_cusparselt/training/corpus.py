@@ -45,7 +45,8 @@ def read_corpus(root: Path | None = None) -> tuple[bytes, bytes]:
         SDGPError: there is too little source to train on, as where the library is a zip file.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    train, validation = [], []
+    train: list[Path] = []
+    validation: list[Path] = []
     for path in source_files(root):
         relative = path.relative_to(root).as_posix()
         (validation if is_held_out(relative) else train).append(path)

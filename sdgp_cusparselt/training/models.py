@@ -140,7 +140,7 @@ class TransformerBlock(nn.Module):
             value.view(heads).transpose(1, 2),
             is_causal=True,
         )
-        hidden = input + self.proj(attended.transpose(1, 2).reshape(batch, length, width))
+        hidden: Tensor = input + self.proj(attended.transpose(1, 2).reshape(batch, length, width))
         expanded: Tensor = self.up(self.norm2(hidden))
         contracted: Tensor = self.down(F.gelu(expanded))
         return hidden + contracted

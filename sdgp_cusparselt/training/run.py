@@ -144,7 +144,7 @@ class Trainer:
             loss = self._loss(self.model(inputs), targets, self.spec.recipe.label_smoothing)
         self.flops = flops
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         if self.spec.recipe.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.recipe.max_grad_norm)
@@ -176,7 +176,8 @@ class Trainer:
         """Return the task's metric over the validation examples."""
         self.model.eval()
         split, loss_sum, correct, count = self.dataset.validation, 0.0, 0, 0
-        for indices in torch.arange(len(split)).split(EVALUATION_BATCH):
+        for first in range(0, len(split), EVALUATION_BATCH):
+            indices = torch.arange(first, min(first + EVALUATION_BATCH, len(split)))
             inputs, targets = split.batch(indices, self.device)
             with self._autocast():
                 logits = self.model(inputs)

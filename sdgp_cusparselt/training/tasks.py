@@ -115,8 +115,8 @@ _ALL = (
         load=load_digits,
         build_model=lambda: SmallResNet(1, (32, 64), depth=2, num_classes=10),
         metric=ACCURACY,
-        recipe=Recipe(epochs=15, batch_size=64, learning_rate=0.1, label_smoothing=0.1),
-        evaluations=15,
+        recipe=Recipe(epochs=10, batch_size=64, learning_rate=0.1, label_smoothing=0.1),
+        evaluations=10,
     ),
     Task(
         name="mnist",
