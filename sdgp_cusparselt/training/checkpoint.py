@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -56,9 +57,11 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["identity"]
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        # torch's own message can run over a page; it is in the chain for who wants it.
         raise CheckpointError(
-            f"load_checkpoint: {path} must be a checkpoint of sdgp train, got {error!r}. "
+            f"load_checkpoint: {path} must be a checkpoint of sdgp train, got a file that fails "
+            f"to load with {type(error).__name__}. "
             "Remove the file, and the run starts anew."
         ) from error
     check_identity(path, saved, identity)

@@ -17,7 +17,7 @@ def test_spelling_is_read_back() -> None:
 
 def test_table1_has_the_rows_of_the_paper() -> None:
     patterns = [(m.prune, f"{m.n}:{m.m}") for m in map(parse_method, TABLE1[1:])]
-    rescaled = "1:4 2:4 1:8 2:8 4:8 2:16 4:16 8:16 4:32 8:32 16:32".split()
+    rescaled = ["1:4", "2:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "8:32", "16:32"]
     expected = [("random", "2:4"), ("magnitude", "2:4")]
     expected += [("rescaled_magnitude", pattern) for pattern in rescaled]
     assert TABLE1[0] == "dense"
