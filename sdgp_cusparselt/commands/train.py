@@ -19,13 +19,14 @@ from sdgp_cusparselt.training.progress import SweepProgress
 from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.report import markdown_table, terminal_table
 from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped
-from sdgp_cusparselt.training.sweep import plan_runs, report_document, run_sweep
+from sdgp_cusparselt.training.sweep import check_methods, plan_runs, report_document, run_sweep
 from sdgp_cusparselt.training.tasks import TASKS, Task, get_task
 
 DEFAULT_METHODS = "dense,magnitude,rescaled_magnitude,random"
 #: Options of the command line that replace one field of the task's recipe.
 RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate")
 BAD_ARGUMENTS = 2
+INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +68,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         task = get_task(args.task)
         out = args.out if args.out is not None else Path("runs") / task.name
+        methods = _methods(args)
         specs = plan_runs(
-            task,
-            _methods(args),
-            args.seeds,
-            _recipe(args, task),
-            _device(args.device),
-            args.precision,
+            task, methods, args.seeds, _recipe(args, task), _device(args.device), args.precision
         )
+        check_methods(task, methods)
         check_matplotlib()
         dataset = task.load()
         _prepare(out, specs, resume=args.resume, overwrite=args.overwrite)
@@ -82,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     except (SDGPError, ValueError, TypeError, OSError) as error:
         print(f"sdgp train: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
+    except KeyboardInterrupt:
+        print("sdgp train: interrupted; repeat the call with --resume", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _train(

@@ -1,6 +1,5 @@
 """Progress on stderr: bars in a terminal, nothing in a pipe."""
 
-from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -60,7 +59,10 @@ class SweepProgress:
             self._steps, total=total_steps, completed=step, description=description
         )
 
-    @property
-    def on_step(self) -> Callable[[], None]:
+    def on_step(self) -> None:
         """Advance the bar of the current run by one step."""
-        return lambda: self._progress.advance(self._steps)
+        self._progress.advance(self._steps)
+
+    def refresh(self) -> None:
+        """Draw now rather than at the next tick."""
+        self._progress.refresh()

@@ -1,5 +1,6 @@
 """A sweep is a list of runs; finished ones are read back, started ones go on."""
 
+import copy
 import json
 import platform
 import statistics
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from sdgp_cusparselt import __version__
+from sdgp_cusparselt.convert import convert_
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.training.checkpoint import CheckpointError, check_identity, write_json
 from sdgp_cusparselt.training.data import Dataset
@@ -43,6 +45,16 @@ def plan_runs(
         for seed in range(num_seeds)
         for method in methods
     ]
+
+
+def check_methods(task: Task, methods: Sequence[Method]) -> None:
+    """Raise ValueError before any training if a method fits no layer of the task's model."""
+    with torch.device("meta"):
+        model = task.build_model()
+    for method in methods:
+        config = method.config()
+        if config is not None:
+            convert_(copy.deepcopy(model), config)
 
 
 def run_sweep(

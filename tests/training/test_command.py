@@ -81,7 +81,7 @@ def test_earlier_runs_are_kept_unless_told_otherwise(
     [
         (["--methods", "magnitud"], "text must be dense, or one of none, random"),
         (["--methods", "magnitude@5:4"], "n must be"),
-        (["--methods", "magnitude@1:5"], "no multiple of m = 5"),
+        (["--methods", "dense,magnitude@1:5"], "no multiple of m = 5"),
         (["--seeds", "0"], "num_seeds must be at least 1, got 0"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--batch-size", "25"], "at most the 24 training examples, got 25"),
@@ -172,10 +172,11 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def test_ctrl_c_and_kill_then_resume_give_the_unbroken_weights(tmp_path: Path) -> None:
+def test_ctrl_c_and_kill_then_resume_give_the_unbroken_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "digits-random-2of4-seed0.pt"
-    unbroken = start(tmp_path / "unbroken")
-    assert finish(unbroken)[0] == 0
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "unbroken")]) == 0
 
     out = tmp_path / "broken"
     killed = start(out)
@@ -194,8 +195,8 @@ def test_ctrl_c_and_kill_then_resume_give_the_unbroken_weights(tmp_path: Path) -
     step = load(out / name)["step"]
     assert step_killed < step < 40 and not (out / "digits-random-2of4-seed0.json").exists()
 
-    code, stdout, stderr = finish(start(out, "--resume"))
-    assert code == 0 and "random 2:4" in stdout, stderr
+    assert main([*ARGUMENTS, "--out", str(out), "--resume"]) == 0
+    assert "random 2:4" in capsys.readouterr().out
     expected, got = load(tmp_path / "unbroken" / name), load(out / name)
     assert got["step"] == expected["step"] == 40
     assert all(torch.equal(value, got["model"][key]) for key, value in expected["model"].items())
