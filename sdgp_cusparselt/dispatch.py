@@ -3,9 +3,10 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem, Product
@@ -129,7 +130,7 @@ def linear_grad_input(
     """Return prune(grad_output) @ weight: [..., K] @ [K, N], on the backend that is selected."""
     k, n = weight.shape
     m = grad_output.numel() // max(k, 1)
-    problem = _problem("grad_input", m, n, k, grad_output, config)
+    problem = _problem("grad_input", m, n, k, grad_output, config, weight=weight)
     return _run(problem, record, lambda b: b.linear_grad_input(grad_output, weight, config))
 
 
@@ -206,9 +207,16 @@ def _problem(
     conv: ConvGeometry | None = None,
     weight: Tensor | None = None,
 ) -> Problem:
-    kernel_size = (1, 1) if weight is None else (weight.shape[2], weight.shape[3])
     dtype, device = grad_output.dtype, grad_output.device
-    return Problem(product, m, n, k, dtype, device, config, conv, kernel_size)
+    problem = Problem(product, m, n, k, dtype, device, config)
+    if weight is None:
+        return problem
+    if conv is None:
+        column_major = weight.stride() == (1, weight.shape[0]) != (weight.shape[1], 1)
+        return replace(problem, dense_order="col") if column_major else problem
+    channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
+    kernel_size = (weight.shape[2], weight.shape[3])
+    return replace(problem, conv=conv, kernel_size=kernel_size, channels_last=channels_last)
 
 
 def _run(problem: Problem, record: LayerRecord, product: Callable[[Backend], Tensor]) -> Tensor:

@@ -81,7 +81,7 @@ def test_rescaled_linear_sums_over_the_sequence_of_each_sample() -> None:
     kept = oracle_magnitude(grad_output, 2, 4, 2)
     scaled = kept * grad_output.abs().sum(1, keepdim=True) / kept.abs().sum(1, keepdim=True)
     weight, config = torch.eye(8), sdgp.SDGPConfig(prune="rescaled_magnitude")
-    layer = lambda *t: SF.linear(*t, config=config)  # noqa: E731
+    layer = lambda *t: SF.linear(*t, config=config)
     ours = gradients(layer, grad_output, torch.randn(3, 17, 8), weight)[1]
     torch.testing.assert_close(ours, scaled)
 
@@ -112,7 +112,7 @@ def test_conv2d(
     b = torch.randn(32) if bias else None
     grad_output = torch.randn_like(F.conv2d(input, weight, b, **kwargs))
     dense = gradients(lambda *t: F.conv2d(*t, **kwargs), grad_output, input, weight, b)
-    layer = lambda *t: SF.conv2d(*t, **kwargs, config=CONFIG)  # noqa: E731
+    layer = lambda *t: SF.conv2d(*t, **kwargs, config=CONFIG)
     ours = gradients(layer, grad_output, input, weight, b)
     assert torch.equal(ours[0], dense[0])
     assert torch.equal(ours[2], dense[2])
@@ -137,7 +137,7 @@ def test_conv2d(
 def test_conv2d_is_the_transposed_convolution_of_the_pruned_gradient() -> None:
     input, weight = torch.randn(2, 8, 10, 10), torch.randn(16, 8, 3, 3)
     grad_output = torch.randn(2, 16, 5, 5)
-    layer = lambda *t: SF.conv2d(*t, stride=2, padding=1, config=CONFIG)  # noqa: E731
+    layer = lambda *t: SF.conv2d(*t, stride=2, padding=1, config=CONFIG)
     ours = gradients(layer, grad_output, input, weight)[1]
     pruned = oracle_magnitude(grad_output, 2, 4, 1)
     expected = F.conv_transpose2d(pruned, weight, stride=2, padding=1, output_padding=1)
@@ -168,7 +168,7 @@ def test_gradcheck_without_pruning(kind: str) -> None:
 def test_sparse_grad_weight_prunes_along_tokens() -> None:
     input, weight, grad_output = torch.randn(30, 24), torch.randn(16, 24), torch.randn(30, 16)
     config = sdgp.SDGPConfig(grad_weight="sparse", grad_weight_prune="magnitude")
-    layer = lambda *t: SF.linear(*t, config=config)  # noqa: E731
+    layer = lambda *t: SF.linear(*t, config=config)
     _, _, grad_weight, grad_bias = gradients(layer, grad_output, input, weight, torch.randn(16))
     assert_product(grad_weight, oracle_magnitude(grad_output, 2, 4, 0).t(), input)
     torch.testing.assert_close(grad_bias, grad_output.sum(0))
@@ -178,7 +178,7 @@ def test_sparse_conv_grad_weight_prunes_along_pixels() -> None:
     input, weight, bias = torch.randn(2, 8, 7, 7), torch.randn(16, 8, 3, 3), torch.randn(16)
     grad_output = torch.randn(2, 16, 5, 5)
     config = sdgp.SDGPConfig(grad_weight="sparse", grad_weight_prune="magnitude")
-    layer = lambda *t: SF.conv2d(*t, config=config)  # noqa: E731
+    layer = lambda *t: SF.conv2d(*t, config=config)
     ours = gradients(layer, grad_output, input, weight, bias)
     pixels = grad_output.permute(0, 2, 3, 1)
     pruned = oracle_magnitude(pixels.reshape(-1, 16), 2, 4, 0).view(pixels.shape)
@@ -295,11 +295,11 @@ def test_autocast(dtype: torch.dtype, kind: str) -> None:
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
     input, weight = torch.randn(6, 16), torch.randn(8, 16)
-    layer = lambda i, w: SF.linear(i, w, config=CONFIG)  # noqa: E731
+    layer = lambda i, w: SF.linear(i, w, config=CONFIG)
     grad_output = torch.randn(6, 8)
     plain = gradients(layer, grad_output, input, weight)
     for reentrant in (False, True):
-        wrapped = lambda i, w, r=reentrant: checkpoint(layer, i, w, use_reentrant=r)  # noqa: E731
+        wrapped = lambda i, w, r=reentrant: checkpoint(layer, i, w, use_reentrant=r)
         leaves = [t.clone().requires_grad_() for t in (input, weight)]
         wrapped(*leaves).backward(grad_output)
         assert torch.equal(leaves[0].grad, plain[1]) and torch.equal(leaves[1].grad, plain[2])
