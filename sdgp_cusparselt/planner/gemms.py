@@ -41,7 +41,8 @@ class Gemm:
         m, n, k: sizes of this GEMM; k is reduced. A convolution is its implicit GEMM.
         batch: independent GEMMs of this size in one call (attention heads, groups).
         elements: of the left operand, the right operand and the result, as stored in memory (a
-            convolution reads its input once, however often the implicit GEMM does).
+            convolution reads its input once, however often the implicit GEMM does); zeros inside
+            scaled_dot_product_attention, whose fused kernels keep the score matrix on chip.
         prunable: SDGP may run it on sparse tensor cores.
         reason: why it may not; empty when prunable.
         fold_elements: of the [m, n] result that a separate pass must add up into the gradient of
@@ -187,6 +188,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_layer = batch == 1 and _is_linear(module)
         kind = "linear" if is_layer else "attention" if self.attention else "matmul"
         sizes = (batch * m * k, batch * k * n, batch * m * n)
+        if self.attention:  # a fused kernel keeps the score matrix, the bulk of it, on chip
+            sizes = (0, 0, 0)
         self._add(kind, "forward", (m, n, k), batch, sizes)
         if left.requires_grad:
             reason = self._reason(n, k) if is_layer else f"{kind}: no weight to multiply"

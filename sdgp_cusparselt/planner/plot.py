@@ -74,7 +74,7 @@ def _heatmap(axes: Any, shapes: list[str], gains: np.ndarray, cards: list[str]) 
     axes.set_yticks(range(len(shapes)), shapes, fontsize=9)
     axes.tick_params(length=0)
     for (row, column), gain in np.ndenumerate(gains):
-        strong = abs(np.log(gain)) > np.log(1.6)
+        strong = abs(np.log(gain)) > np.log(1.45)
         color = "white" if strong else "black"
         axes.text(column, row, f"{gain:.2f}", ha="center", va="center", fontsize=9, color=color)
 
