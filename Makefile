@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: install demo test lint bench gpu-check test-abi clean
+.PHONY: install demo test lint bench gpu-check test-abi docs clean
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -17,9 +17,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck docker/install.sh docker/slurm.sbatch
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow"
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/figures.py
+	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/links.py site
+
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache
