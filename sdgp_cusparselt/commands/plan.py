@@ -42,11 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", nargs="+", choices=GPUS, default=list(GPUS), help="cards (default: all)"
     )
     parser.add_argument(
-        "--exclude",
-        nargs="*",
-        default=["*head", "*classifier*"],
-        metavar="PATTERN",
-        help="modules that stay dense (default: the last layer; nothing after it: none)",
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="names that stay dense"
+    )
+    parser.add_argument(
+        "--include-heads", action="store_true", help="also prune the layers that make the outputs"
     )
     parser.add_argument(
         "--results",
@@ -78,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, ImportError, AttributeError) as error:
         print(f"sdgp plan: {error}", file=sys.stderr)
         return 2
-    trace = trace_step(problem.model, problem.inputs, args.exclude)
+    trace = trace_step(
+        problem.model, problem.inputs, exclude=args.exclude, include_heads=args.include_heads
+    )
     gpus = [GPUS[name] for name in args.gpu]
     forecasts = [forecast(trace, gpu, measured_efficiency(gpu, args.results)) for gpu in gpus]
     errors = [

@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from sdgp_cusparselt.convert import is_head
 from sdgp_cusparselt.errors import NotSupportedError
+from sdgp_cusparselt.nn import SDGPConv1D, SDGPLinear, sdgp_class_of
 
 aten = torch.ops.aten
 #: Row and column multiples that cuSPARSELt asks of 16-bit operands (the pack pads the rows).
@@ -83,7 +85,11 @@ class Trace:
 
 
 def trace_step(
-    model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor], exclude: Sequence[str] = ()
+    model: nn.Module,
+    inputs: Mapping[str, Tensor] | Sequence[Tensor],
+    *,
+    exclude: Sequence[str] = (),
+    include_heads: bool = False,
 ) -> Trace:
     """List the GEMMs of one training step of ``model``.
 
@@ -91,6 +97,7 @@ def trace_step(
         model: on the meta device (or any other; its forward pass runs once).
         inputs: keyword or positional arguments of its forward pass.
         exclude: fnmatch patterns of module names that stay dense.
+        include_heads: let SDGP take the layers that ``convert_`` keeps dense for being heads.
 
     Returns:
         The step's GEMMs with their roles, and the other ops' memory traffic.
@@ -98,7 +105,7 @@ def trace_step(
     Raises:
         NotSupportedError: an op that multiplies matrices is not known to the planner.
     """
-    recorder = _Recorder(exclude)
+    recorder = _Recorder(exclude, include_heads)
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     with torch.enable_grad(), _names(model, recorder), recorder, _AttentionMarker(recorder):
         model(*args, **kwargs)
@@ -146,9 +153,10 @@ class _AttentionMarker(TorchFunctionMode):
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every aten op below autograd, where composite ops are already taken apart."""
 
-    def __init__(self, exclude: Sequence[str]) -> None:
+    def __init__(self, exclude: Sequence[str], include_heads: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.exclude = exclude
+        self.include_heads = include_heads
         self.stack: list[tuple[str, nn.Module]] = []
         self.attention = 0
         self.gemms: list[Gemm] = []
@@ -220,8 +228,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _reason(self, reduced: int, width: int, groups: int = 1) -> str:
         """Say why the current module's grad_input stays dense; empty when SDGP may take it."""
         module = self.stack[-1][1] if self.stack else None
-        if not (_is_linear(module) or type(module) is nn.Conv2d):
+        if module is None or sdgp_class_of(module) is None:
             return f"{type(module).__name__} is not a layer that SDGP converts"
+        if is_head(self.fqn) and not self.include_heads:
+            return "a head, dense by default"
         pattern = next((p for p in self.exclude if fnmatch(self.fqn, p)), None)
         if pattern:
             return f"excluded by {pattern}"
@@ -252,11 +262,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    """Say whether SDGP converts this module as a linear layer; Conv1D is GPT-2's."""
-    if type(module) is nn.Linear:
-        return True
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    """Say whether SDGP converts this module as a linear layer."""
+    return module is not None and sdgp_class_of(module) in (SDGPLinear, SDGPConv1D)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -91,7 +91,7 @@ def test_only_one_by_one_convolutions_need_no_folding() -> None:
         (nn.Linear(64, 40, device="meta"), (16, 64), "out 40 must divide by 16"),
         (nn.Conv2d(32, 32, 3, groups=2, device="meta"), (2, 32, 8, 8), "2 groups"),
         (nn.Conv1d(32, 32, 3, device="meta"), (2, 32, 8), "Conv1d is not a layer"),
-        (nn.Linear(64, 64, device="meta"), (16, 64), "excluded by h*"),
+        (nn.Linear(64, 64, device="meta"), (16, 64), "excluded by b*"),
     ],
 )
 def test_a_layer_that_stays_dense_says_why(
@@ -100,15 +100,25 @@ def test_a_layer_that_stays_dense_says_why(
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.head = layer
+            self.body = layer
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(x)
+            return self.body(x)
 
-    gemms = trace_step(Model(), [meta(*shape).requires_grad_()], exclude=["h*"][: "h*" in words])
+    gemms = trace_step(Model(), [meta(*shape).requires_grad_()], exclude=["b*"][: "b*" in words])
     grad_input = by_role(gemms.gemms)["grad_input"]
     assert not grad_input.prunable
     assert words in grad_input.reason
+
+
+def test_heads_stay_dense_unless_asked_for_as_in_convert() -> None:
+    model = nn.Module()
+    model.head = nn.Linear(64, 64, device="meta")
+    x = [meta(16, 64).requires_grad_()]
+    model.forward = lambda x: model.head(x)
+    assert [g.prunable for g in trace_step(model, x).gemms] == [False, False, False]
+    gemms = trace_step(model, x, include_heads=True).gemms
+    assert [g.role for g in gemms if g.prunable] == ["grad_input"]
 
 
 def test_attention_is_not_prunable_and_its_interior_moves_no_bytes() -> None:
