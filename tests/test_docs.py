@@ -6,6 +6,7 @@ console block, lines after ``$`` are commands, and the other lines must occur in
 """
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -73,8 +74,6 @@ def blocks(text: str) -> list[Block]:
 
 def run_blocks(page: Path, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the blocks of one page; ``sdgp`` is this checkout, whatever is installed."""
-    import json
-
     commands = folder / "bin"
     commands.mkdir()
     script = commands / "sdgp"
@@ -156,9 +155,12 @@ def test_predictions_in_the_docs_are_what_the_planner_says() -> None:
     fresh = load_generator().with_predictions(text)
     number = re.compile(r"\d+(?:\.\d+)?")
     assert number.sub("#", fresh).split() == number.sub("#", text).split(), HINT
-    # Norms and activations are traced as the installed transformers writes them.
-    there, now = ([float(x) for x in number.findall(t)] for t in (text, fresh))
-    assert now == pytest.approx(there, rel=0.02, abs=0.2), HINT
+    # Norms and activations are traced as the installed transformers writes them, which moves a
+    # speedup (three decimals) or a percentage (one) a little; everything else is exact.
+    slack = {1: 0.3, 3: 0.005}
+    for there, now in zip(number.findall(text), number.findall(fresh), strict=True):
+        allowed = slack.get(len(there.partition(".")[2]), 0.0)
+        assert abs(float(there) - float(now)) <= allowed, f"{there} is now {now}; {HINT}"
 
 
 def test_the_api_page_covers_every_public_module() -> None:
