@@ -1,11 +1,14 @@
 """Which backend runs a product, why not the others, and who was told."""
 
+import itertools
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem, Product
@@ -27,7 +30,11 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-@dataclass
+_records: weakref.WeakValueDictionary[int, "LayerRecord"] = weakref.WeakValueDictionary()
+_next_token = itertools.count(1)
+
+
+@dataclass(eq=False)
 class LayerRecord:
     """What one layer's backward passes did: counted here, read by telemetry and reports.
 
@@ -35,11 +42,33 @@ class LayerRecord:
         name: fully qualified name of the layer, for messages.
         calls: (product, backend name) -> number of calls.
         fallbacks: (product, backend name, reason) -> number of calls that fell back.
+        token: number under which ``record_of`` finds this record; a custom operator can carry it.
     """
 
     name: str = "sdgp.functional"
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    token: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Register under a number of its own."""
+        self.token = next(_next_token)
+        _records[self.token] = self
+
+    def __reduce__(self) -> tuple[type["LayerRecord"], tuple[Any, ...]]:
+        """Copy and pickle without the number, so that no two records share one."""
+        return LayerRecord, (self.name, Counter(self.calls), Counter(self.fallbacks))
+
+
+#: Stands for every layer in compiled code. A number per layer would be a constant of the graph, and
+#: blocks that are compiled one by one could not share their code.
+COMPILED = LayerRecord("compiled layers")
+
+
+def record_of(token: int) -> LayerRecord:
+    """Return the record with that token; a new one if its layer is gone."""
+    record = _records.get(token)
+    return LayerRecord() if record is None else record
 
 
 class Selection(NamedTuple):
@@ -129,7 +158,7 @@ def linear_grad_input(
     """Return prune(grad_output) @ weight: [..., K] @ [K, N], on the backend that is selected."""
     k, n = weight.shape
     m = grad_output.numel() // max(k, 1)
-    problem = _problem("grad_input", m, n, k, grad_output, config)
+    problem = _problem("grad_input", m, n, k, grad_output, config, weight=weight)
     return _run(problem, record, lambda b: b.linear_grad_input(grad_output, weight, config))
 
 
@@ -206,9 +235,16 @@ def _problem(
     conv: ConvGeometry | None = None,
     weight: Tensor | None = None,
 ) -> Problem:
-    kernel_size = (1, 1) if weight is None else (weight.shape[2], weight.shape[3])
     dtype, device = grad_output.dtype, grad_output.device
-    return Problem(product, m, n, k, dtype, device, config, conv, kernel_size)
+    problem = Problem(product, m, n, k, dtype, device, config)
+    if weight is None:
+        return problem
+    if conv is None:
+        column_major = weight.stride() == (1, weight.shape[0]) != (weight.shape[1], 1)
+        return replace(problem, dense_order="col") if column_major else problem
+    channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
+    kernel_size = (weight.shape[2], weight.shape[3])
+    return replace(problem, conv=conv, kernel_size=kernel_size, channels_last=channels_last)
 
 
 def _run(problem: Problem, record: LayerRecord, product: Callable[[Backend], Tensor]) -> Tensor:

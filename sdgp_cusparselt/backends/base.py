@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config import SDGPConfig
 
 Product = Literal["grad_input", "grad_weight"]
@@ -38,7 +39,9 @@ class Problem:
         device: of both operands.
         conv: geometry if the layer is a convolution, else None.
         kernel_size: of that convolution.
+        channels_last: whether the convolution's grad_output lies in memory pixel by pixel.
         config: what the user chose.
+        dense_order: "row" or "col", how the [K, N] operand lies in memory.
     """
 
     product: Product
@@ -50,6 +53,8 @@ class Problem:
     config: SDGPConfig
     conv: ConvGeometry | None = None
     kernel_size: tuple[int, int] = (1, 1)
+    channels_last: bool = True
+    dense_order: Literal["row", "col"] = "row"
 
     def describe(self) -> str:
         """Return the product's inputs, one per line, for an error message."""
@@ -59,12 +64,17 @@ class Problem:
             f"  pruning: {self.config.describe()}",
         ]
         if self.conv is not None:
-            lines.append(f"  convolution: kernel_size={self.kernel_size}, {self.conv}")
+            layout = "channels_last" if self.channels_last else "contiguous"
+            lines.append(f"  convolution: kernel_size={self.kernel_size}, {self.conv}, {layout}")
         return "\n".join(lines)
 
 
 class Backend(ABC):
-    """One way of computing the products of a pruned backward pass."""
+    """One way of computing the products of a pruned backward pass.
+
+    Every product takes ``candidate``, which a backend with several algorithms is told to use; the
+    others ignore it.
+    """
 
     name: str
 
@@ -77,26 +87,40 @@ class Backend(ABC):
         """Return why this backend cannot run ``problem`` on this machine; empty if it can."""
 
     @abstractmethod
-    def linear_grad_input(self, grad_output: Tensor, weight: Tensor, config: SDGPConfig) -> Tensor:
+    def linear_grad_input(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        config: SDGPConfig,
+        candidate: Candidate | None = None,
+    ) -> Tensor:
         """Return prune(grad_output) @ weight.
 
         Args:
             grad_output: [..., K] with K = out_features.
             weight: [K, N] with N = in_features, any strides.
             config: how to prune.
+            candidate: how to multiply, where there is a choice.
 
         Returns:
             [..., N], grad_output's dtype.
         """
 
     @abstractmethod
-    def linear_grad_weight(self, grad_output: Tensor, input: Tensor, config: SDGPConfig) -> Tensor:
+    def linear_grad_weight(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        config: SDGPConfig,
+        candidate: Candidate | None = None,
+    ) -> Tensor:
         """Return prune(grad_output along tokens).T @ input.
 
         Args:
             grad_output: [tokens, out_features].
             input: [tokens, in_features].
             config: how to prune.
+            candidate: how to multiply, where there is a choice.
 
         Returns:
             [out_features, in_features], grad_output's dtype.
@@ -110,6 +134,7 @@ class Backend(ABC):
         input_like: Tensor,
         conv: ConvGeometry,
         config: SDGPConfig,
+        candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the transposed convolution of prune(grad_output along channels) with weight.
 
@@ -120,6 +145,7 @@ class Backend(ABC):
                 values are not read.
             conv: stride, padding, dilation, groups.
             config: how to prune.
+            candidate: how to multiply, where there is a choice.
 
         Returns:
             Tensor like input_like, grad_output's dtype.
@@ -133,6 +159,7 @@ class Backend(ABC):
         weight: Tensor,
         conv: ConvGeometry,
         config: SDGPConfig,
+        candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the weight gradient from grad_output pruned along its pixels.
 
@@ -142,6 +169,7 @@ class Backend(ABC):
             weight: [out_channels, in_channels / groups, kH, kW]; only its shape matters.
             conv: stride, padding, dilation, groups.
             config: how to prune.
+            candidate: how to multiply, where there is a choice.
 
         Returns:
             Tensor of weight's shape, grad_output's dtype.

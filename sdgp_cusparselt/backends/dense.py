@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
+from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.pruning import prune
 
@@ -25,12 +26,24 @@ class DenseBackend(Backend):
         """Return no reason: every pattern, dtype and shape can be emulated."""
         return []
 
-    def linear_grad_input(self, grad_output: Tensor, weight: Tensor, config: SDGPConfig) -> Tensor:
+    def linear_grad_input(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        config: SDGPConfig,
+        candidate: Candidate | None = None,
+    ) -> Tensor:
         """Return prune(grad_output) @ weight; see ``Backend``."""
         pruned = prune(grad_output, method=config.prune, n=config.n, m=config.m)
         return dense_linear_grad_input(pruned, weight)
 
-    def linear_grad_weight(self, grad_output: Tensor, input: Tensor, config: SDGPConfig) -> Tensor:
+    def linear_grad_weight(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        config: SDGPConfig,
+        candidate: Candidate | None = None,
+    ) -> Tensor:
         """Return prune(grad_output along tokens).T @ input; see ``Backend``."""
         pruned = prune(grad_output, method=config.grad_weight_prune, n=config.n, m=config.m, dim=0)
         return pruned.t().mm(input)
@@ -42,6 +55,7 @@ class DenseBackend(Backend):
         input_like: Tensor,
         conv: ConvGeometry,
         config: SDGPConfig,
+        candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the transposed convolution of the pruned gradient; see ``Backend``."""
         pruned = prune_channels(grad_output, conv.groups, config)
@@ -54,6 +68,7 @@ class DenseBackend(Backend):
         weight: Tensor,
         conv: ConvGeometry,
         config: SDGPConfig,
+        candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the weight gradient from pixels pruned in (n, h, w) order; see ``Backend``."""
         pixels = grad_output.permute(0, 2, 3, 1)

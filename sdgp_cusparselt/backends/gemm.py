@@ -6,8 +6,6 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.packing.packed import Packed24
-
 
 @dataclass(frozen=True)
 class Gemm:
@@ -62,15 +60,18 @@ class SparseExecutor(Protocol):
 
     def pack(
         self, x: Tensor, gemm: Gemm, candidate: Candidate, *, method: str, transpose: bool = False
-    ) -> Packed24:
+    ) -> Tensor:
         """Return x (or its transpose) pruned 2:4 and packed as candidate's plan reads it.
+
+        With method "none" x must be 2:4 already and is packed as it is. The result is opaque, a
+        uint8 buffer: where no layout is proven for the plan, the library's own Compress wrote it.
 
         Raises:
             CusparseLtError: the library refused the plan.
         """
         ...
 
-    def matmul(self, packed: Packed24, dense: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
+    def matmul(self, packed: Tensor, dense: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
         """Return packed @ dense: [M, K] @ [K, N] -> [M, N], asynchronous on the current stream.
 
         Raises:
