@@ -4,8 +4,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> dict[str, str]:
     """Return the report; a probe that fails says so in its own line."""
     report: dict[str, str] = {}
-    for probe in (_platform, _versions, _devices, _library, _backends, _kernels, _caches):
+    for probe in PROBES:
         try:
             report.update(probe())
         # A report on a broken environment is when it is needed most.
@@ -106,10 +105,11 @@ def _kernels() -> dict[str, str]:
     return {"pack kernels": "Triton" if found else "torch reference (Triton is not installed)"}
 
 
-def _caches() -> dict[str, str]:
-    return {}
-
-
-def probes() -> Iterator[Callable[[], dict[str, Any]]]:
-    """Yield the probes, for tests that break one."""
-    yield from (_platform, _versions, _devices, _library, _backends, _kernels, _caches)
+PROBES: tuple[Callable[[], dict[str, str]], ...] = (
+    _platform,
+    _versions,
+    _devices,
+    _library,
+    _backends,
+    _kernels,
+)
