@@ -11,7 +11,7 @@ features the operand is x [M, K]; along tokens it is the transpose [K, M] of the
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(0)
+# A group that is 2:4 already loses nothing to magnitude, so "none" needs no code of its own.
 MAGNITUDE = tl.constexpr(1)
 RANDOM = tl.constexpr(2)
 MVUE = tl.constexpr(3)
@@ -50,6 +50,40 @@ def _keep_two(k0, k1, k2, k3):
     keep2 = _two_of_three(~b02, ~b12, b23)
     keep3 = _two_of_three(~b03, ~b13, ~b23)
     return keep0, keep1, keep2, keep3
+
+
+@triton.jit
+def _rank(bits, INDEX: tl.constexpr):
+    """A uint32 that orders members as packing picks them: |x|, tie, then index and sign as cargo.
+
+    A tie goes to the lower index, but among zeros to the higher one, and all zeros are +0: then
+    the two top ranks of any group are the library's pair, (0, 3) of x000 and (2, 3) of 0000.
+    """
+    word = bits.to(tl.uint16, bitcast=True).to(tl.uint32)
+    rank = (word << 17) | (word >> 15) | (((3 - INDEX) << 14) | (INDEX << 1))
+    return tl.maximum(rank, (4 << 14) | (INDEX << 1))
+
+
+@triton.jit
+def _top_two(x0, x1, x2, x3):
+    """The two values of a group in column order, and its nibble: eight minima and maxima."""
+    r0, r1, r2, r3 = _rank(x0, 0), _rank(x1, 1), _rank(x2, 2), _rank(x3, 3)
+    high01, low01 = tl.maximum(r0, r1), tl.minimum(r0, r1)
+    high23, low23 = tl.maximum(r2, r3), tl.minimum(r2, r3)
+    best = tl.maximum(high01, high23)
+    next_best = tl.maximum(tl.minimum(high01, high23), tl.maximum(low01, low23))
+    # Rotated right by three, the index leads: a minimum and a maximum sort by column.
+    best = (best >> 3) | (best << 29)
+    next_best = (next_best >> 3) | (next_best << 29)
+    left, right = tl.minimum(best, next_best), tl.maximum(best, next_best)
+    nibble = (left >> 30) | ((right >> 28) & 12)
+    return _cargo(left), _cargo(right), nibble.to(tl.int32)
+
+
+@triton.jit
+def _cargo(rank):
+    """The element's bits inside a rotated rank."""
+    return (rank >> 14).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
@@ -101,8 +135,7 @@ def _narrow(value, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 def _mvue_member(bits, hit, sure, amount):
     """A hit gives the group's amount with the element's sign; a sure element gives itself."""
     drawn = amount | (bits & -0x8000)
-    value = tl.where(sure, bits, drawn)
-    return tl.where((hit | sure) & ((value & 0x7FFF) != 0), value, 0)
+    return tl.where(sure, bits, tl.where(hit, drawn, 0))
 
 
 @triton.jit
@@ -147,7 +180,7 @@ def _mvue(x0, x1, x2, x3, word, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _kept(
+def _chosen(
     tile,
     scaled,
     seeds_ptr,
@@ -161,30 +194,24 @@ def _kept(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The members of each group as bits, +0 where not kept; at most two are not +0."""
+    """The members of each group as bits, so that the two largest are what the method keeps."""
     x0, x1, x2, x3 = _split_groups(tile, ROWS, COLS)
-    k0, k1, k2, k3 = x0 & 0x7FFF, x1 & 0x7FFF, x2 & 0x7FFF, x3 & 0x7FFF
     if METHOD == RANDOM:
         word = _group_words(seeds_ptr, row0, group0, quads, STREAM, ROWS, COLS // 4)
         keep0, keep1, keep2, keep3 = _keep_random(word)
-    elif METHOD == NONE:
-        keep0, keep1, keep2, keep3 = k0 != 0, k1 != 0, k2 != 0, k3 != 0
-    else:
-        keep0, keep1, keep2, keep3 = _keep_two(k0, k1, k2, k3)
-    if METHOD == RESCALED:
-        x0, x1, x2, x3 = _split_groups(scaled, ROWS, COLS)
-        k0, k1, k2, k3 = x0 & 0x7FFF, x1 & 0x7FFF, x2 & 0x7FFF, x3 & 0x7FFF
-    # The key test drops -0.0 and what scaling rounded to zero.
-    y0 = tl.where(keep0 & (k0 != 0), x0, 0)
-    y1 = tl.where(keep1 & (k1 != 0), x1, 0)
-    y2 = tl.where(keep2 & (k2 != 0), x2, 0)
-    y3 = tl.where(keep3 & (k3 != 0), x3, 0)
-    if METHOD == MVUE:
+        x0, x1 = tl.where(keep0, x0, 0), tl.where(keep1, x1, 0)
+        x2, x3 = tl.where(keep2, x2, 0), tl.where(keep3, x3, 0)
+    elif METHOD == RESCALED:
+        keep0, keep1, keep2, keep3 = _keep_two(x0 & 0x7FFF, x1 & 0x7FFF, x2 & 0x7FFF, x3 & 0x7FFF)
+        y0, y1, y2, y3 = _split_groups(scaled, ROWS, COLS)
+        x0, x1 = tl.where(keep0, y0, 0), tl.where(keep1, y1, 0)
+        x2, x3 = tl.where(keep2, y2, 0), tl.where(keep3, y3, 0)
+    elif METHOD == MVUE:
         word = _group_words(seeds_ptr, row0, group0, quads, STREAM, ROWS, COLS // 4)
-        z0, z1, z2, z3, usable = _mvue(x0, x1, x2, x3, word, DTYPE, NATIVE)
-        y0, y1 = tl.where(usable, z0, y0), tl.where(usable, z1, y1)
-        y2, y3 = tl.where(usable, z2, y2), tl.where(usable, z3, y3)
-    return y0, y1, y2, y3
+        y0, y1, y2, y3, usable = _mvue(x0, x1, x2, x3, word, DTYPE, NATIVE)
+        x0, x1 = tl.where(usable, y0, x0), tl.where(usable, y1, x1)
+        x2, x3 = tl.where(usable, y2, x2), tl.where(usable, y3, x3)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -198,10 +225,10 @@ def _address(index, step, RUNS: tl.constexpr, NUM_RUNS: tl.constexpr, TILE_BITS:
 
 @triton.jit
 def _spread(count: tl.constexpr, BITS: tl.constexpr, NUM: tl.constexpr):
-    """0, 1, 2, ... with a zero inserted at each bit position of BITS (highest first)."""
+    """0, 1, 2, ... with a zero inserted at each bit position of BITS (lowest first)."""
     index = tl.arange(0, count)
     for i in tl.static_range(NUM):
-        low = index & ((1 << BITS[NUM - 1 - i]) - 1)
+        low = index & ((1 << BITS[i]) - 1)
         index = (index - low) * 2 + low
     return index
 
@@ -265,14 +292,19 @@ def _store_metadata(
         row_shift = _place_in_word(R_BITS, R_TO, R_IN, ROWS)
         group_shift = _place_in_word(G_BITS, G_TO, G_IN, GROUPS)
         word = nibbles << (row_shift[:, None] + group_shift[None, :])
+        # Lowest bit first: taking bit i out moves the next one down by one place.
         for i in tl.static_range(G_IN):
-            halves = tl.reshape(word, (ROWS, GROUPS >> (i + 1 + G_BITS[i]), 2, 1 << G_BITS[i]))
-            word = tl.reshape(tl.sum(halves, 2), (ROWS, GROUPS >> (i + 1)))
+            halves = tl.reshape(
+                word, (ROWS, GROUPS >> (1 + G_BITS[i]), 2, 1 << (G_BITS[i] - i))
+            )
+            even, odd = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+            word = tl.reshape(even | odd, (ROWS, GROUPS >> (i + 1)))
         for i in tl.static_range(R_IN):
             halves = tl.reshape(
-                word, (ROWS >> (i + 1 + R_BITS[i]), 2, 1 << R_BITS[i], GROUPS >> G_IN)
+                word, (ROWS >> (1 + R_BITS[i]), 2, 1 << (R_BITS[i] - i), GROUPS >> G_IN)
             )
-            word = tl.reshape(tl.sum(halves, 1), (ROWS >> (i + 1), GROUPS >> G_IN))
+            even, odd = tl.split(tl.permute(halves, (0, 2, 3, 1)))
+            word = tl.reshape(even | odd, (ROWS >> (i + 1), GROUPS >> G_IN))
         place = (start >> WORD) + (local >> WORD)
         tl.store(ptr + place, word.to(ptr.dtype.element_ty), mask=inside)
 
@@ -304,16 +336,10 @@ def _pack_direction(
     """Prune and pack one tile of an operand that starts at (row0, col0)."""
     GROUPS: tl.constexpr = COLS // 4
     group0 = col0 // 4
-    y0, y1, y2, y3 = _kept(
+    x0, x1, x2, x3 = _chosen(
         tile, scaled, seeds_ptr, row0, group0, padded_cols // 16, STREAM, METHOD, DTYPE, NATIVE, ROWS, COLS
     )
-    n0, n1, n2 = y0 != 0, y1 != 0, y2 != 0
-    later2, later1 = n2 & (n0 | n1), n1 & n0
-    first = tl.where(n0, y0, tl.where(n1, y1, y2))
-    second = tl.where(later2, y2, tl.where(later1, y1, y3))
-    index0 = tl.where(n0, 0, tl.where(n1, 1, 2))
-    index1 = tl.where(later2, 8, tl.where(later1, 4, 12))
-    nibbles = index0 | index1
+    first, second, nibbles = _top_two(x0, x1, x2, x3)
     if PADDING != EMPTY_GROUP:
         row = row0 + tl.arange(0, ROWS)
         group = group0 + tl.arange(0, GROUPS)

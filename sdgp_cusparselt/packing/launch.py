@@ -106,8 +106,7 @@ def layout_table(
         runs = _runs(strides)
         table += [runs or (0, 0, 0), len(runs) // 3, len(strides)]
     for kind in ("row", "group"):
-        # Highest first: taking a bit out leaves the numbers of the lower ones as they are.
-        shared = sorted(((b, to) for to, (k, b) in enumerate(sources) if k == kind), reverse=True)
+        shared = sorted((bit, to) for to, (where, bit) in enumerate(sources) if where == kind)
         table += [
             tuple(bit for bit, _ in shared) or (0,),
             tuple(to for _, to in shared) or (0,),
@@ -331,7 +330,7 @@ def _ratio_kind(
 
 def _method_code(module: ModuleType, direction: Direction | None) -> int:
     codes = {
-        "none": module.NONE,
+        "none": module.MAGNITUDE,
         "magnitude": module.MAGNITUDE,
         "random": module.RANDOM,
         "mvue": module.MVUE,
