@@ -21,6 +21,7 @@ ORDER = {
         "packing.reference",
         "packing.kernels",
         "packing.launch",
+        "packing.pack",
         "packing.certify",
         "packing.__init__",
         "backends.base",

@@ -112,7 +112,7 @@ def _keep_random(word):
 @triton.jit
 def _widen(bits, DTYPE: tl.constexpr):
     """The float32 that 16 bits of DTYPE stand for."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
@@ -124,7 +124,7 @@ def _narrow(value, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
     Not NATIVE is for Triton's interpreter, which truncates where the hardware rounds.
     """
-    if NATIVE or DTYPE == tl.float16:
+    if NATIVE or tl.float16 == DTYPE:
         return value.to(DTYPE).to(tl.int16, bitcast=True)
     else:
         wide = value.to(tl.int32, bitcast=True)
@@ -294,9 +294,7 @@ def _store_metadata(
         word = nibbles << (row_shift[:, None] + group_shift[None, :])
         # Lowest bit first: taking bit i out moves the next one down by one place.
         for i in tl.static_range(G_IN):
-            halves = tl.reshape(
-                word, (ROWS, GROUPS >> (1 + G_BITS[i]), 2, 1 << (G_BITS[i] - i))
-            )
+            halves = tl.reshape(word, (ROWS, GROUPS >> (1 + G_BITS[i]), 2, 1 << (G_BITS[i] - i)))
             even, odd = tl.split(tl.permute(halves, (0, 1, 3, 2)))
             word = tl.reshape(even | odd, (ROWS, GROUPS >> (i + 1)))
         for i in tl.static_range(R_IN):
@@ -337,7 +335,18 @@ def _pack_direction(
     GROUPS: tl.constexpr = COLS // 4
     group0 = col0 // 4
     x0, x1, x2, x3 = _chosen(
-        tile, scaled, seeds_ptr, row0, group0, padded_cols // 16, STREAM, METHOD, DTYPE, NATIVE, ROWS, COLS
+        tile,
+        scaled,
+        seeds_ptr,
+        row0,
+        group0,
+        padded_cols // 16,
+        STREAM,
+        METHOD,
+        DTYPE,
+        NATIVE,
+        ROWS,
+        COLS,
     )
     first, second, nibbles = _top_two(x0, x1, x2, x3)
     if PADDING != EMPTY_GROUP:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.packing.layout import MetadataLayout
+from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.packed import Packed24
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -40,6 +41,7 @@ class Direction:
 
     packed: Packed24
     method: str
+    transposed: bool
 
 
 @functools.cache
@@ -117,8 +119,7 @@ def layout_table(
 
 def launch_pack(
     x: Tensor,
-    features: Direction | None,
-    tokens: Direction | None,
+    wanted: Sequence[Direction],
     *,
     ratio: Tensor | None = None,
     rows_per_ratio: int = 1,
@@ -129,8 +130,7 @@ def launch_pack(
 
     Args:
         x: [M, K] float16|bfloat16, columns adjacent in memory.
-        features: the operand x, or None.
-        tokens: the operand x.T, or None.
+        wanted: the operand x, the operand x.T, or one of each.
         ratio: float32 [samples or 1 or M, K or 1], for rescaled_magnitude.
         rows_per_ratio: rows of x that share a row of ratio.
         seeds: int64 [2], for random and mvue.
@@ -142,7 +142,8 @@ def launch_pack(
     module = kernels()
     if module is None:
         raise ModuleNotFoundError("launch_pack: needs triton. Install it, or use the reference.")
-    wanted = [direction for direction in (features, tokens) if direction is not None]
+    features = next((direction for direction in wanted if not direction.transposed), None)
+    tokens = next((direction for direction in wanted if direction.transposed), None)
     num_rows, num_cols = x.shape
     heavy = any(direction.method in ("random", "mvue") for direction in wanted)
     covered_m, covered_k = _covered(x, features, tokens)
@@ -154,9 +155,7 @@ def launch_pack(
     spare = bits  # a pointer that the kernel never follows
     ordinary = _direction_arguments(features, spare, tile.block_m, tile.block_k)
     transposed = _direction_arguments(tokens, spare, tile.block_k, tile.block_m)
-    padded = next(iter(wanted)).packed.padded_shape if wanted else (0, 0)
-    if features is None:
-        padded = padded[::-1]
+    padded = padded_shape(num_rows, num_cols, x.dtype)
     grid = (row_blocks * col_blocks,)
     module.pack_kernel[grid](
         bits,
@@ -195,9 +194,7 @@ def launch_pack(
     return sums
 
 
-def launch_abs_sums(
-    x: Tensor, transpose: bool, rows_per_sample: int
-) -> tuple[Tensor, Tensor]:
+def launch_abs_sums(x: Tensor, transpose: bool, rows_per_sample: int) -> tuple[Tensor, Tensor]:
     """Return sums of |x| and of the |x| that magnitude keeps, per column of the operand.
 
     Args:
@@ -274,9 +271,7 @@ def _direction_arguments(
     return _Arguments(pointers, sizes, table, layout.padding)
 
 
-def _covered(
-    x: Tensor, features: Direction | None, tokens: Direction | None
-) -> tuple[int, int]:
+def _covered(x: Tensor, features: Direction | None, tokens: Direction | None) -> tuple[int, int]:
     """Return rows and columns of x that blocks must cover so that all padding is written."""
     rows, cols = x.shape
     if features is not None:
@@ -320,8 +315,7 @@ def _ratio_kind(
     if ratio is None:
         return module.NO_RATIO.value, (0, 0)
     strides = tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(ratio.shape, ratio.stride(), strict=True)
+        0 if size == 1 else stride for size, stride in zip(ratio.shape, ratio.stride(), strict=True)
     )
     whole = rows_per_ratio % tile.block_m == 0 or rows_per_ratio >= num_rows
     kind = module.RATIO_PER_COLUMN if whole else module.RATIO_PER_ELEMENT
