@@ -1,8 +1,38 @@
 """Structured Data Gradient Pruning (SDGP) on 2:4 sparse tensor cores.
 
-output      = input         @ weight.T    dense
+output      = input              @ weight.T  dense
 grad_input  = prune(grad_output) @ weight    2 of 4 along out_features, on sparse tensor cores
-grad_weight = grad_output.T @ input       dense, or 2 of 4 along tokens
+grad_weight = grad_output.T      @ input     dense, or 2 of 4 along tokens
 """
 
+from sdgp_cusparselt import functional, nn
+from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.convert import ConversionReport, convert_, revert_, set_enabled_
+from sdgp_cusparselt.dispatch import BackendStatus, backend_status
+from sdgp_cusparselt.errors import (
+    EquivalenceError,
+    NotSupportedError,
+    SDGPError,
+    SDGPFallbackWarning,
+)
+from sdgp_cusparselt.pruning import prune
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BackendStatus",
+    "ConversionReport",
+    "EquivalenceError",
+    "NotSupportedError",
+    "SDGPConfig",
+    "SDGPError",
+    "SDGPFallbackWarning",
+    "__version__",
+    "backend_status",
+    "convert_",
+    "functional",
+    "nn",
+    "prune",
+    "revert_",
+    "set_enabled_",
+]

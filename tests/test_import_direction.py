@@ -9,9 +9,17 @@ ROOT = Path(__file__).parents[1]
 
 # Top is imported by everything, bottom imports everything; modules on one line are peers.
 ORDER = {
-    "pycusparselt": ["errors abi", "loader", "cusparselt", "objects", "__init__"],
+    "pycusparselt": [
+        "errors abi",
+        "loader",
+        "cusparselt",
+        "lifetime",
+        "descriptors",
+        "objects",
+        "__init__",
+    ],
     "sdgp_cusparselt": [
-        "errors cache arrays",
+        "errors cache arrays versions",
         "config",
         "pruning",
         "packing.layout",
@@ -24,8 +32,11 @@ ORDER = {
         "packing.pack",
         "packing.certify",
         "packing.__init__",
+        "backends.gemm",
         "backends.base",
         "backends.dense",
+        "backends.plans backends.machine",
+        "backends.convolution",
         "backends.cusparselt",
         "backends.__init__",
         "tuning",

@@ -1,0 +1,95 @@
+"""What the cuSPARSELt backend runs on: devices, the library, and why not."""
+
+import platform
+import re
+from pathlib import Path
+
+import pycusparselt as cslt
+import torch
+from pycusparselt.loader import Library
+
+from sdgp_cusparselt.versions import versions
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+class Machine:
+    """The CUDA devices of this machine and one libcusparseLt.
+
+    Args:
+        device_type: "cuda"; tests run the same path on "cpu" against a stand-in library.
+        library: an opened library; found and opened on first use if None.
+        cpu_capability: what a CPU pretends to be, for the rules that depend on it.
+    """
+
+    def __init__(
+        self,
+        device_type: str = "cuda",
+        library: Library | None = None,
+        cpu_capability: tuple[int, int] = (8, 0),
+    ) -> None:
+        self.device_type = device_type
+        self.cpu_capability = cpu_capability
+        self._library = library
+        self._reasons: list[str] | None = None
+
+    def library(self) -> Library:
+        """Return the library, opening it the first time.
+
+        Raises:
+            LibraryNotFoundError: there is none; the message has the pip command.
+            UnsupportedVersionError: its version is outside the tested range.
+        """
+        if self._library is None:
+            self._library = cslt.load()
+        return self._library
+
+    def reasons(self) -> list[str]:
+        """Return why nothing here can run a sparse product; empty if something can."""
+        if self._reasons is None:
+            self._reasons = self._device_reasons() or self._library_reasons()
+        return self._reasons
+
+    def _device_reasons(self) -> list[str]:
+        if self.device_type != "cuda":
+            return []
+        if not torch.cuda.is_available():
+            return ["torch sees no CUDA device"]
+        if torch.version.hip is not None:
+            return ["this is a ROCm build of torch"]
+        best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if best < OLDEST_CAPABILITY:
+            return [f"compute capability is {best[0]}.{best[1]}, sparse tensor cores need 8.0"]
+        return []
+
+    def _library_reasons(self) -> list[str]:
+        try:
+            self.library()
+        except (cslt.LibraryNotFoundError, cslt.UnsupportedVersionError) as error:
+            return [str(error)]
+        return []
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        """Return the compute capability of a device."""
+        if device.type != "cuda":
+            return self.cpu_capability
+        return torch.cuda.get_device_capability(device)
+
+    def key(self, device: torch.device) -> dict[str, str]:
+        """Return what a measurement on ``device`` depends on."""
+        major, minor = self.capability(device)
+        cuda = device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+            "capability": f"{major}.{minor}",
+            "driver": driver_version() if cuda else "none",
+            "cusparselt": self.library().version_text,
+            **versions(),
+        }
+
+
+def driver_version() -> str:
+    """Return the NVIDIA kernel driver's version, or "unknown"."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Module\s+([\d.]+)", path.read_text()) if path.exists() else None
+    return found.group(1) if found else "unknown"

@@ -1,0 +1,205 @@
+"""cuSPARSELt plans: one handle per thread and device, plans cached by problem, oldest out first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pycusparselt as cslt
+import torch
+from pycusparselt.loader import Library
+from torch import Tensor
+
+from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+
+DATA_TYPES = {torch.bfloat16: cslt.DataType.R_16BF, torch.float16: cslt.DataType.R_16F}
+
+#: Rows and columns of the structured operand are multiples of this, those of the dense one of
+#: half of it, for 16-bit types (cuSPARSELt documentation).
+STRUCTURED_MULTIPLE = 16
+DENSE_MULTIPLE = 8
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class PlannedGemm:
+    """A plan and what a call needs to know of it.
+
+    Attributes:
+        plan: the library's plan; it keeps its descriptors alive.
+        rows: rows of the structured operand and of the result, padded.
+        workspace_size: bytes of scratch for a product.
+        compressed_size: bytes of the packed operand.
+        buffer_size: bytes of scratch for the library's own Compress.
+    """
+
+    plan: cslt.MatmulPlan
+    rows: int
+    workspace_size: int
+    compressed_size: int
+    buffer_size: int
+
+    def close(self) -> None:
+        """Destroy the matrices' descriptors and with them what was built on them: the plan."""
+        for matrix in (self.plan.descriptor.a, self.plan.descriptor.b, self.plan.descriptor.d):
+            matrix.close()
+
+
+class PlanCache:
+    """Plans of every thread and device, at most ``limit`` of them per thread.
+
+    cuSPARSELt's handles cannot be shared between threads, and autograd runs backward passes on
+    threads of its own; hence one handle, and plans, per (thread, device).
+
+    Args:
+        library: what ``pycusparselt.load`` returned.
+        limit: plans kept per thread and device before the least recently used one is destroyed.
+    """
+
+    def __init__(self, library: Library, limit: int = 512) -> None:
+        self.library, self.limit = library, limit
+        self._local = threading.local()
+
+    def get(self, gemm: Gemm, candidate: Candidate) -> PlannedGemm:
+        """Return the plan for gemm by candidate, made on the first call of this thread.
+
+        Raises:
+            CusparseLtError: the library refused the problem or the algorithm.
+        """
+        context = self._context(gemm.device)
+        key: Hashable = (_planned_as(gemm), candidate)
+        planned = context.plans.get(key)
+        if planned is None:
+            planned = context.plans[key] = plan_gemm(context.handle, gemm, candidate)
+            while len(context.plans) > self.limit:
+                context.plans.popitem(last=False)[1].close()
+        else:
+            context.plans.move_to_end(key)
+        return planned
+
+    def max_alg_id(self, gemm: Gemm) -> int:
+        """Return how many algorithm ids the library has for gemm; they run from 0.
+
+        Raises:
+            CusparseLtError: the library refused the problem.
+        """
+        handle = self._context(gemm.device).handle
+        with on_device(gemm.device), ExitStack() as stack:
+            selection = cslt.AlgSelection(handle, describe(handle, gemm, stack))
+            return selection.get(cslt.AlgAttribute.CONFIG_MAX_ID)
+
+    def clear(self) -> None:
+        """Destroy this thread's plans and handles."""
+        for context in self._contexts().values():
+            context.handle.close()  # and everything built on it
+        self._contexts().clear()
+
+    def __len__(self) -> int:
+        """Return how many plans this thread holds."""
+        return sum(len(context.plans) for context in self._contexts().values())
+
+    def _contexts(self) -> dict[torch.device, _Context]:
+        contexts: dict[torch.device, _Context] | None = getattr(self._local, "contexts", None)
+        if contexts is None:
+            contexts = self._local.contexts = {}
+        return contexts
+
+    def _context(self, device: torch.device) -> _Context:
+        contexts = self._contexts()
+        context = contexts.get(device)
+        if context is None:
+            with on_device(device):
+                context = contexts[device] = _Context(cslt.Handle(self.library), OrderedDict())
+        return context
+
+
+@dataclass
+class _Context:
+    handle: cslt.Handle
+    plans: OrderedDict[Hashable, PlannedGemm]
+
+
+def describe(handle: cslt.Handle, gemm: Gemm, stack: ExitStack) -> cslt.MatmulDescriptor:
+    """Return the matmul descriptor of gemm; ``stack`` closes it and its matrices.
+
+    Raises:
+        CusparseLtError: the library refused the problem.
+    """
+    dtype, rows, row = DATA_TYPES[gemm.dtype], padded_rows(gemm.m), cslt.Order.ROW
+    order = row if gemm.dense_order == "row" else cslt.Order.COL
+    structured, dense = cslt.MatDescriptor.structured, cslt.MatDescriptor.dense
+    a = stack.enter_context(
+        structured(handle, rows, gemm.k, dtype=dtype, order=row, alignment=ALIGNMENT)
+    )
+    b = stack.enter_context(
+        dense(handle, gemm.k, gemm.n, dtype=dtype, order=order, alignment=ALIGNMENT)
+    )
+    d = stack.enter_context(
+        dense(handle, rows, gemm.n, dtype=dtype, order=row, alignment=ALIGNMENT)
+    )
+    return stack.enter_context(cslt.MatmulDescriptor(handle, a=a, b=b, c=d))
+
+
+def plan_gemm(handle: cslt.Handle, gemm: Gemm, candidate: Candidate) -> PlannedGemm:
+    """Return a new plan for gemm by candidate.
+
+    Raises:
+        CusparseLtError: the library refused; nothing is left behind.
+    """
+    with on_device(gemm.device), ExitStack() as stack:
+        matmul = describe(handle, gemm, stack)
+        selection = stack.enter_context(cslt.AlgSelection(handle, matmul))
+        _select(selection, candidate)
+        plan = stack.enter_context(cslt.MatmulPlan(handle, matmul, selection))
+        compressed, buffer = plan.compressed_size()
+        planned = PlannedGemm(plan, matmul.a.rows, plan.workspace_size, compressed, buffer)
+        stack.pop_all()
+        return planned
+
+
+def _select(selection: cslt.AlgSelection, candidate: Candidate) -> None:
+    attribute = cslt.AlgAttribute
+    selection.set(attribute.CONFIG_ID, candidate.alg_id)
+    if candidate.split_k_mode is not None:
+        selection.set(attribute.SPLIT_K_MODE, candidate.split_k_mode)
+    if candidate.split_k != 1:
+        selection.set(attribute.SPLIT_K, candidate.split_k)
+    if candidate.split_k_buffers:
+        selection.set(attribute.SPLIT_K_BUFFERS, candidate.split_k_buffers)
+
+
+def padded_rows(rows: int) -> int:
+    """Return rows rounded up to what the library takes for a structured operand."""
+    return -(-rows // STRUCTURED_MULTIPLE) * STRUCTURED_MULTIPLE
+
+
+def _planned_as(gemm: Gemm) -> Gemm:
+    """Return gemm with its rows padded: token counts that pad alike share a plan."""
+    rows = padded_rows(gemm.m)
+    return gemm if rows == gemm.m else replace(gemm, m=rows)
+
+
+def dense_order(x: Tensor) -> Literal["row", "col"] | None:
+    """Return how a matrix lies in memory, "row" or "col", or None where a copy is needed."""
+    if x.data_ptr() % ALIGNMENT:
+        return None
+    rows, cols = x.shape
+    if x.stride() == (cols, 1):
+        return "row"
+    return "col" if x.stride() == (1, rows) else None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a CUDA device is the current one; nothing for a CPU."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the current CUDA stream as an integer; 0 for a CPU."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

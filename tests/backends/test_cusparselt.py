@@ -1,0 +1,245 @@
+"""Every product of the backend, through the library's C interface, against dense products."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sdgp_cusparselt as sdgp
+from sdgp_cusparselt.backends.base import ConvGeometry, Problem
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from tests.emulator.control import Emulator
+from tests.helpers import assert_product, oracle_magnitude
+
+CONFIG = sdgp.SDGPConfig()
+CPU = torch.device("cpu")
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [16, 31, 256, 300])
+@pytest.mark.parametrize("layout", ["plain", "blocked", "sm90_atom", "random"])
+def test_linear_grad_input(
+    backend: CusparseLtBackend, emulator: Emulator, dtype: torch.dtype, tokens: int, layout: str
+) -> None:
+    emulator.layout(layout, seed=3)
+    grad_output = torch.randn(tokens, 64).to(dtype)
+    weight = torch.randn(64, 40).to(dtype)
+    result = backend.linear_grad_input(grad_output, weight, CONFIG)
+    assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
+    assert emulator.calls("cusparseLtMatmul") == 1
+
+
+@pytest.mark.parametrize("kind", ["transposed", "sliced", "misaligned"])
+def test_weights_of_any_strides(backend: CusparseLtBackend, kind: str) -> None:
+    grad_output = torch.randn(4, 9, 32).bfloat16()
+    weight = {
+        "transposed": torch.randn(48, 32).bfloat16().t(),
+        "sliced": torch.randn(32, 96).bfloat16()[:, ::2],
+        "misaligned": torch.randn(32 * 48 + 1).bfloat16()[1:].view(32, 48),
+    }[kind]
+    result = backend.linear_grad_input(grad_output, weight, CONFIG)
+    assert result.shape == (4, 9, 48)
+    pruned = oracle_magnitude(grad_output, 2, 4, 2).view(-1, 32)
+    assert_product(result.view(-1, 48), pruned, weight)
+
+
+def test_one_of_four_and_rescaled(backend: CusparseLtBackend) -> None:
+    grad_output, weight = torch.randn(3, 16, 32).bfloat16(), torch.randn(32, 16).bfloat16()
+    one = backend.linear_grad_input(grad_output, weight, CONFIG.replace(n=1))
+    pruned = oracle_magnitude(grad_output, 1, 4, 2).view(-1, 32)
+    assert_product(one.view(-1, 16), pruned, weight)
+    config = CONFIG.replace(prune="rescaled_magnitude")
+    rescaled = backend.linear_grad_input(grad_output, weight, config)
+    pruned = sdgp.prune(grad_output, method="rescaled_magnitude").view(-1, 32)
+    assert_product(rescaled.view(-1, 16), pruned, weight)
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 70])
+def test_linear_grad_weight(backend: CusparseLtBackend, tokens: int) -> None:
+    grad_output, input = torch.randn(tokens, 32).bfloat16(), torch.randn(tokens, 24).bfloat16()
+    config = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
+    result = backend.linear_grad_weight(grad_output, input, config)
+    pruned = oracle_magnitude(grad_output, 2, 4, 0)
+    body = tokens - tokens % 16
+    if body == tokens:
+        assert_product(result, pruned.t(), input)
+    else:  # two products, each rounded to bfloat16
+        size = pruned.double().abs().t() @ input.double().abs()
+        error = (result.double() - pruned.double().t() @ input.double()).abs()
+        assert (error <= 3 * torch.finfo(torch.bfloat16).eps * size).all()
+
+
+CONVS = {
+    "1x1": ((1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1)),
+    "1x1 strided": ((1, 1), ConvGeometry((2, 2), (0, 0), (1, 1), 1)),
+    "1x1 padded": ((1, 1), ConvGeometry((1, 1), (1, 1), (1, 1), 1)),
+    "3x3": ((3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1)),
+    "3x3 strided": ((3, 3), ConvGeometry((2, 2), (1, 1), (1, 1), 1)),
+    "oblong": ((3, 2), ConvGeometry((2, 1), (0, 2), (2, 3), 1)),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_conv2d_grad_input(backend: CusparseLtBackend, emulator: Emulator, name: str) -> None:
+    kernel, conv = CONVS[name]
+    last = torch.channels_last
+    input = torch.randn(2, 8, 10, 11).bfloat16().to(memory_format=last)
+    weight = torch.randn(32, 8, *kernel).bfloat16().to(memory_format=last)
+    shape = F.conv2d(input, weight, None, conv.stride, conv.padding, conv.dilation)
+    grad_output = torch.randn_like(shape)
+    result = backend.conv2d_grad_input(grad_output, weight, input, conv, CONFIG)
+    pruned = oracle_magnitude(grad_output, 2, 4, 1)
+
+    def exact(gradient: Tensor, kernel: Tensor) -> Tensor:
+        leaf = torch.zeros(input.shape, dtype=torch.float64, requires_grad=True)
+        output = F.conv2d(leaf, kernel.double(), None, conv.stride, conv.padding, conv.dilation)
+        return torch.autograd.grad(output, leaf, gradient.double())[0]
+
+    # Each tap is rounded to bfloat16 once, and their sum once more.
+    size = exact(pruned.abs(), weight.abs())
+    error = (result.double() - exact(pruned, weight)).abs()
+    assert (error <= 1.01 * torch.finfo(torch.bfloat16).eps * size + 1e-30).all()
+    assert result.is_contiguous(memory_format=last) and result.shape == input.shape
+    assert emulator.calls("cusparseLtMatmul") == 1
+
+
+def test_conv2d_grad_weight(backend: CusparseLtBackend) -> None:
+    for stride in (1, 2):
+        input = torch.randn(2, 16, 8, 8).bfloat16().to(memory_format=torch.channels_last)
+        weight = torch.randn(32, 16, 1, 1).bfloat16()
+        grad_output = torch.randn_like(F.conv2d(input, weight, stride=stride))
+        conv = ConvGeometry((stride, stride), (0, 0), (1, 1), 1)
+        config = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
+        result = backend.conv2d_grad_weight(grad_output, input, weight, conv, config)
+        flat = grad_output.permute(0, 2, 3, 1).reshape(-1, 32)
+        read = input[:, :, ::stride, ::stride].permute(0, 2, 3, 1).reshape(-1, 16)
+        assert_product(result.view(32, 16), oracle_magnitude(flat, 2, 4, 0).t(), read)
+
+
+def test_plans_are_made_once_and_token_counts_that_pad_alike_share_them(
+    backend: CusparseLtBackend, emulator: Emulator
+) -> None:
+    weight = torch.randn(64, 32).bfloat16()
+    for tokens in (17, 32, 20, 32):
+        backend.linear_grad_input(torch.randn(tokens, 64).bfloat16(), weight, CONFIG)
+    assert len(backend.plans) == 1
+    assert emulator.calls("cusparseLtMatmulPlanInit") == 1
+    backend.linear_grad_input(torch.randn(33, 64).bfloat16(), weight, CONFIG)
+    assert len(backend.plans) == 2
+
+
+def test_the_oldest_plan_goes_first(backend: CusparseLtBackend, emulator: Emulator) -> None:
+    backend.plan_limit = 2
+    weight = torch.randn(32, 16).bfloat16()
+    for tokens in (16, 32, 16, 48):
+        backend.linear_grad_input(torch.randn(tokens, 32).bfloat16(), weight, CONFIG)
+    assert len(backend.plans) == 2
+    assert emulator.live()["plan"] == 2
+    backend.linear_grad_input(torch.randn(16, 32).bfloat16(), weight, CONFIG)
+    assert emulator.calls("cusparseLtMatmulPlanInit") == 3
+
+
+def test_each_thread_has_its_own_handle(backend: CusparseLtBackend, emulator: Emulator) -> None:
+    emulator.thread_check()
+    weight, failures = torch.randn(32, 16).bfloat16(), []
+
+    def work(seed: int) -> None:
+        try:
+            grad_output = torch.randn(32, 32, generator=torch.Generator().manual_seed(seed))
+            for _ in range(5):
+                result = backend.linear_grad_input(grad_output.bfloat16(), weight, CONFIG)
+            pruned = oracle_magnitude(grad_output.bfloat16(), 2, 4, 1)
+            assert_product(result, pruned, weight)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            backend.plans.clear()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_refused_plan_leaves_nothing_behind(
+    backend: CusparseLtBackend, emulator: Emulator
+) -> None:
+    gemm = Gemm(32, 16, 32, torch.bfloat16, "row", CPU)
+    backend.plans.max_alg_id(gemm)
+    before = emulator.live()
+    with pytest.raises(RuntimeError, match="CONFIG_ID"):
+        backend.plans.get(gemm, Candidate(10_000))
+    assert emulator.live() == before
+    with pytest.raises(RuntimeError, match="cusparseLtStructuredDescriptorInit"):
+        backend.plans.get(Gemm(32, 16, 24, torch.bfloat16, "row", CPU), Candidate(0))
+    assert emulator.live() == before
+
+
+def problem(**changes: object) -> Problem:
+    given: dict = {"product": "grad_input", "m": 64, "n": 32, "k": 32, "dtype": torch.bfloat16}
+    return Problem(**(given | {"device": CPU, "config": CONFIG} | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, []),
+        ({"m": 63}, []),
+        ({"k": 40}, ["K (outputs) is 40, no multiple of 16"]),
+        ({"n": 20, "k": 8}, ["K (outputs) is 8", "N (inputs) is 20, no multiple of 8"]),
+        ({"m": 0}, ["the product is empty"]),
+        ({"m": 2**20, "k": 2**12}, ["more than 2147483647 elements"]),
+        ({"dtype": torch.float32}, ["float32 runs 1:2"]),
+        ({"dtype": torch.float64}, ["neither bfloat16 nor float16"]),
+        ({"config": CONFIG.replace(m=8)}, ["2:8 does not fit the 2:4 format"]),
+        ({"config": CONFIG.replace(n=1)}, []),
+        ({"product": "grad_weight", "m": 40, "k": 100}, ["M (outputs) is 40"]),
+        ({"product": "grad_weight", "k": 12}, ["K (tokens) is 12, fewer than 16"]),
+        ({"conv": ConvGeometry((1, 1), (0, 0), (1, 1), 2)}, ["2 groups"]),
+        (
+            {"conv": ConvGeometry((1, 1), (0, 0), (1, 1), 1), "channels_last": False},
+            ["memory_format=torch.channels_last"],
+        ),
+        (
+            {
+                "product": "grad_weight",
+                "conv": ConvGeometry((1, 1), (0, 0), (1, 1), 1),
+                "kernel_size": (3, 3),
+            },
+            ["only an unpadded 1x1 convolution"],
+        ),
+    ],
+)
+def test_reasons(backend: CusparseLtBackend, changes: dict, words: list[str]) -> None:
+    reasons = backend.not_supported_reasons(problem(**changes))
+    assert len(reasons) == len(words)
+    for reason, word in zip(reasons, words, strict=True):
+        assert word in reason
+
+
+def test_a_machine_without_a_gpu_says_so() -> None:
+    backend = CusparseLtBackend()
+    if not torch.cuda.is_available():
+        assert backend.machine_reasons() == ["torch sees no CUDA device"]
+        assert backend.not_supported_reasons(problem()) == ["torch sees no CUDA device"]
+
+
+@pytest.mark.parametrize("capability, splits", [((8, 0), {1}), ((9, 0), {1, -1})])
+def test_candidates(
+    backend: CusparseLtBackend, emulator: Emulator, capability: tuple[int, int], splits: set[int]
+) -> None:
+    emulator.max_alg_id(5)
+    backend.machine.cpu_capability = capability
+    gemm = Gemm(2048, 2048, 2048, torch.bfloat16, "row", CPU)
+    candidates = backend.candidates(gemm)
+    assert candidates[0] == Candidate(0)
+    assert {c.alg_id for c in candidates} == set(range(5))
+    assert {c.split_k for c in candidates} == splits
+    small = Gemm(256, 2048, 2048, torch.bfloat16, "row", CPU)
+    assert {c.split_k for c in backend.candidates(small)} == {1}

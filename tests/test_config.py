@@ -1,0 +1,57 @@
+"""SDGPConfig validates itself and says what is wrong."""
+
+import dataclasses
+
+import pytest
+
+import sdgp_cusparselt as sdgp
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, words",
+    [
+        ({"prune": "max"}, ValueError, "prune must be one of none, random, magnitude"),
+        ({"prune": None}, ValueError, "prune must be one of .*, got None"),
+        ({"m": 0}, ValueError, "m must be in 1..32, got 0"),
+        ({"n": 5}, ValueError, "n must be in 1..m with m = 4, got 5"),
+        ({"n": 0}, ValueError, "n must be in 1..m with m = 4, got 0"),
+        ({"n": 2.0}, TypeError, "n must be an int, got 2.0"),
+        ({"m": "4"}, TypeError, "m must be an int, got '4'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, cusparselt, dense"),
+        ({"on_unsupported": "warn"}, ValueError, "on_unsupported must be one of dense, raise"),
+        ({"grad_weight": True}, ValueError, "grad_weight must be one of dense, sparse"),
+        ({"grad_weight": "sparse", "m": 8}, ValueError, 'grad_weight must be "dense" for'),
+        ({"check_every": -1}, ValueError, "check_every must be >= 0, got -1"),
+        ({"check_every": 0.5}, TypeError, "check_every must be an int, got 0.5"),
+    ],
+)
+def test_bad_values(kwargs: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        sdgp.SDGPConfig(**kwargs)
+
+
+def test_frozen_hashable_and_replaceable() -> None:
+    config = sdgp.SDGPConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.n = 1
+    assert config.replace(n=1) == sdgp.SDGPConfig(n=1)
+    assert len({config, sdgp.SDGPConfig()}) == 1
+    with pytest.raises(ValueError, match="n must be"):
+        config.replace(n=9)
+
+
+@pytest.mark.parametrize(
+    "kwargs, prunes, hardware, text",
+    [
+        ({}, True, True, "magnitude 2:4"),
+        ({"n": 1}, True, True, "magnitude 1:4"),
+        ({"n": 4, "m": 8}, True, False, "magnitude 4:8 (emulated)"),
+        ({"prune": "none"}, False, True, "none"),
+        ({"n": 4}, False, False, "none"),
+        ({"grad_weight": "sparse"}, True, True, "magnitude 2:4 grad_weight=mvue"),
+        ({"backend": "dense"}, True, True, "magnitude 2:4 backend=dense"),
+    ],
+)
+def test_descriptions(kwargs: dict, prunes: bool, hardware: bool, text: str) -> None:
+    config = sdgp.SDGPConfig(**kwargs)
+    assert (config.prunes, config.on_hardware, config.describe()) == (prunes, hardware, text)
