@@ -30,6 +30,7 @@ ORDER = {
         "packing.kernels",
         "packing.launch",
         "packing.pack",
+        "packing.learn",
         "packing.certify",
         "packing.__init__",
         "backends.gemm",

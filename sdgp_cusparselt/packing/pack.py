@@ -268,7 +268,8 @@ def _by_kernel(
 ) -> Tensor | None:
     rescaled = [d for d in wanted if d.method == "rescaled_magnitude"]
     # One launch carries one ratio; a second rescaled direction takes a launch of its own.
-    extra, together = rescaled[1:], [d for d in wanted if d not in rescaled[1:]]
+    extra = rescaled[1:]
+    together = [d for d in wanted if all(d is not later for later in extra)]
     ratio, rows_per_ratio = None, 1
     if rescaled:
         ratio, rows_per_ratio = _kernel_ratio(x, rescaled[0].transposed, per_sample)
