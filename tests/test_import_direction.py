@@ -19,7 +19,7 @@ ORDER = {
         "__init__",
     ],
     "sdgp_cusparselt": [
-        "errors cache arrays versions",
+        "errors cache arrays versions equivalence spans",
         "config",
         "pruning",
         "packing.layout",
