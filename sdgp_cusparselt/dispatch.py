@@ -1,10 +1,12 @@
 """Which backend runs a product, why not the others, and who was told."""
 
+import itertools
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +30,11 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-@dataclass
+_records: weakref.WeakValueDictionary[int, "LayerRecord"] = weakref.WeakValueDictionary()
+_next_token = itertools.count(1)
+
+
+@dataclass(eq=False)
 class LayerRecord:
     """What one layer's backward passes did: counted here, read by telemetry and reports.
 
@@ -36,11 +42,28 @@ class LayerRecord:
         name: fully qualified name of the layer, for messages.
         calls: (product, backend name) -> number of calls.
         fallbacks: (product, backend name, reason) -> number of calls that fell back.
+        token: number under which ``record_of`` finds this record; a custom operator can carry it.
     """
 
     name: str = "sdgp.functional"
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    token: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Register under a number of its own."""
+        self.token = next(_next_token)
+        _records[self.token] = self
+
+    def __reduce__(self) -> tuple[type["LayerRecord"], tuple[Any, ...]]:
+        """Copy and pickle without the number, so that no two records share one."""
+        return LayerRecord, (self.name, Counter(self.calls), Counter(self.fallbacks))
+
+
+def record_of(token: int) -> LayerRecord:
+    """Return the record with that token; a new one if its layer is gone."""
+    record = _records.get(token)
+    return LayerRecord() if record is None else record
 
 
 class Selection(NamedTuple):
