@@ -10,6 +10,7 @@ from pycusparselt.errors import CusparseLtError
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
+from sdgp_cusparselt.spans import generators_kept
 from sdgp_cusparselt.tuning.decision import (
     MATMUL,
     Decision,
@@ -137,7 +138,7 @@ class _Search:
 
     def decide(self, timer: Timer) -> Decision:
         """Prove, screen, race."""
-        with torch.no_grad(), _device_of(self.key.gemm), _generators_kept(self.key.gemm):
+        with torch.no_grad(), _device_of(self.key.gemm), generators_kept(self.key.gemm.device):
             offered = self._offered()
             if isinstance(offered, Decision):
                 return offered
@@ -151,7 +152,7 @@ class _Search:
 
     def default(self) -> Decision:
         """Prove the first candidate only."""
-        with torch.no_grad(), _device_of(self.key.gemm), _generators_kept(self.key.gemm):
+        with torch.no_grad(), _device_of(self.key.gemm), generators_kept(self.key.gemm.device):
             offered = self._offered()
             if isinstance(offered, Decision):
                 return offered
@@ -324,9 +325,3 @@ def _line(error: Exception) -> str:
 def _device_of(gemm: Gemm) -> Any:
     """Make the product's device current: events and kernels go to the current one."""
     return torch.cuda.device(gemm.device if gemm.device.type == "cuda" else -1)
-
-
-def _generators_kept(gemm: Gemm) -> Any:
-    """Leave torch's generators as they are, although pack may draw from them."""
-    devices = [gemm.device] if gemm.device.type == "cuda" else []
-    return torch.random.fork_rng(devices=devices)

@@ -33,7 +33,6 @@ class TuningCache:
         self.folder = cache_dir() if folder is None else Path(folder)
         self.timeout_s = timeout_s
         self._memory: dict[tuple[str, Key], Decision] = {}
-        self._files: dict[torch.device, CacheFile] = {}
         self._entries: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
         self._gave_up = False
         self._warned = False
@@ -86,14 +85,10 @@ class TuningCache:
 
     def file(self, executor: SparseExecutor, device: torch.device) -> CacheFile:
         """Return the file of the machine that ``device`` belongs to."""
-        file = self._files.get(device)
-        if file is None:
-            machine = executor.machine_key(device)
-            digest = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
-            header = {"kind": "sdgp tuning", "format": FORMAT, "machine": machine}
-            file = CacheFile(self.folder / f"tuning-{digest[:16]}.json", header)
-            self._files[device] = file
-        return file
+        machine = executor.machine_key(device)
+        digest = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
+        header = {"kind": "sdgp tuning", "format": FORMAT, "machine": machine}
+        return CacheFile(self.folder / f"tuning-{digest[:16]}.json", header)
 
     @contextmanager
     def turn(self, executor: SparseExecutor, device: torch.device) -> Iterator[bool]:
