@@ -63,7 +63,8 @@ class SDGPConfig:
             "never" not at all.
         check_every: compare a layer's sparse result with the dense one every so many calls; 0
             never does.
-        telemetry_every: sample a layer's gradient error every so many calls; 0 never does.
+        telemetry_every: sample a layer's gradient error every so many calls; 0 never does. Only
+            then does compiled code tell its layers apart, at one compilation for each.
         text: all of these as one string, for custom operators; ``from_text`` turns it back.
     """
 

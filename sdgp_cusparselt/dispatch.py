@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem, Product
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import DenseBackend, pruned_gradient
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPFallbackWarning
 from sdgp_cusparselt.spans import Samples, sample_gradient, sampling, span
 
 #: In order of preference; the last one runs everything.
-BACKENDS: list[Backend] = [DenseBackend()]
+BACKENDS: list[Backend] = [CusparseLtBackend(), DenseBackend()]
 
 _machine_announced: set[str] = set()
 
@@ -63,6 +64,11 @@ class LayerRecord:
         return LayerRecord, (self.name, Counter(self.calls), Counter(self.fallbacks))
 
 
+#: Stands for every layer in compiled code. A number per layer would be a constant of the graph, and
+#: blocks that are compiled one by one could not share their code.
+COMPILED = LayerRecord("compiled layers")
+
+
 def record_of(token: int) -> LayerRecord:
     """Return the record with that token; a new one if its layer is gone."""
     record = _records.get(token)
@@ -99,14 +105,14 @@ def select(problem: Problem) -> Selection:
     """
     config, rejected = problem.config, dict[str, list[str]]()
     for backend in BACKENDS:
-        if backend.name == "dense" or config.backend in ("auto", backend.name):
-            forced_dense = config.backend == "dense" and backend.name != "dense"
-            reasons = [] if forced_dense else backend.not_supported_reasons(problem)
-            if not reasons:
-                if rejected and config.on_unsupported == "raise":
-                    raise NotSupportedError(_no_backend(problem, rejected))
-                return Selection(backend, rejected)
-            rejected[backend.name] = reasons
+        if backend.name != "dense" and config.backend not in ("auto", backend.name):
+            continue
+        reasons = backend.not_supported_reasons(problem)
+        if not reasons:
+            if rejected and config.on_unsupported == "raise":
+                raise NotSupportedError(_no_backend(problem, rejected))
+            return Selection(backend, rejected)
+        rejected[backend.name] = reasons
     raise NotSupportedError(_no_backend(problem, rejected))
 
 

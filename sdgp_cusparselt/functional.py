@@ -22,6 +22,7 @@ from sdgp_cusparselt.dispatch import LayerRecord
 from sdgp_cusparselt.errors import SDGPError, value_error
 
 _NO_RECORD = LayerRecord()
+_COMPILED_TOKEN = dispatch.COMPILED.token
 _NO_DOUBLE_BACKWARD = (
     "SDGP: a second derivative was asked for, but a pruned gradient is not the derivative of any "
     "function. Use sdgp.set_enabled_(model, False), or SDGPConfig(prune='none') with plain layers, "
@@ -128,7 +129,8 @@ def conv2d(
 
 def _choices(config: SDGPConfig, record: LayerRecord | None) -> tuple[bool, bool, str, int]:
     """Return what backward needs of a configuration, as constants that a compiler can carry."""
-    token = (_NO_RECORD if record is None else record).token
+    shared = torch.compiler.is_compiling() and not config.telemetry_every
+    token = _COMPILED_TOKEN if shared else (_NO_RECORD if record is None else record).token
     return config.prunes, config.grad_weight == "sparse", config.text, token
 
 

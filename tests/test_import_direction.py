@@ -46,7 +46,7 @@ ORDER = {
         "convert",
         "telemetry",
         "training",
-        "diagnostics planner",
+        "diagnostics planner selfcheck",
         "__init__",
         "commands",
         "cli",

@@ -1,1 +1,1 @@
-"""The tasks behind ``sdgp train``: real data that ships inside packages, dense beside SDGP."""
+"""Training on real data that ships inside packages: dense beside SDGP, from the same seeds."""

@@ -1,0 +1,177 @@
+"""``sdgp train``: dense beside pruned networks, from the same seeds, on data in packages."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+
+from sdgp_cusparselt.errors import SDGPError, value_error
+from sdgp_cusparselt.training.checkpoint import write_atomically, write_json
+from sdgp_cusparselt.training.data import Dataset
+from sdgp_cusparselt.training.interrupts import StopSignal
+from sdgp_cusparselt.training.methods import SWEEPS, Method, parse_method, parse_methods
+from sdgp_cusparselt.training.plots import check_matplotlib, plot_curves, plot_rows
+from sdgp_cusparselt.training.progress import SweepProgress
+from sdgp_cusparselt.training.recipe import Recipe
+from sdgp_cusparselt.training.report import markdown_table, terminal_table
+from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped
+from sdgp_cusparselt.training.sweep import check_methods, plan_runs, report_document, run_sweep
+from sdgp_cusparselt.training.tasks import TASKS, Task, get_task
+
+DEFAULT_METHODS = "dense,magnitude,rescaled_magnitude,random"
+#: Options of the command line that replace one field of the task's recipe.
+RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate")
+BAD_ARGUMENTS = 2
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``sdgp train``."""
+    names = "; ".join(f"{task.name}: {task.summary}" for task in TASKS.values())
+    parser.add_argument("task", choices=list(TASKS), metavar="task", help=names)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--methods",
+        default=DEFAULT_METHODS,
+        metavar="LIST",
+        help="dense, or a prune method with an optional n:m such as magnitude@1:4, "
+        "separated by commas (default: %(default)s)",
+    )
+    what.add_argument(
+        "--sweep", choices=list(SWEEPS), help="table1: all rows of the paper's CIFAR-10 table"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="seeds 0 .. K-1")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="passes over the data (default: the task's)")
+    length.add_argument("--steps", type=int, help="optimizer steps (default: the task's)")
+    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--learning-rate", type=float, metavar="LR")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="checkpoints and results (default: runs/<task>)"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="default: DIR/results.json")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="default: DIR/results.md")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="default: DIR/curves.png")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with what DIR holds")
+    again.add_argument("--overwrite", action="store_true", help="do the runs in DIR anew")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, print the table, write JSON, Markdown and plot; return the exit code."""
+    try:
+        task = get_task(args.task)
+        out = args.out if args.out is not None else Path("runs") / task.name
+        methods = _methods(args)
+        specs = plan_runs(
+            task, methods, args.seeds, _recipe(args, task), _device(args.device), args.precision
+        )
+        check_methods(task, methods)
+        check_matplotlib()
+        dataset = task.load()
+        _prepare(out, specs, resume=args.resume, overwrite=args.overwrite)
+        return _train(args, task, dataset, specs, out)
+    except (SDGPError, ValueError, TypeError, OSError) as error:
+        print(f"sdgp train: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    except KeyboardInterrupt:
+        print("sdgp train: interrupted; repeat the call with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _train(
+    args: argparse.Namespace, task: Task, dataset: Dataset, specs: list[RunSpec], out: Path
+) -> int:
+    stop = StopSignal()
+    try:
+        with stop, SweepProgress(len(specs)) as bars:
+            results = run_sweep(specs, task, dataset, out, stop, bars.on_run, bars.on_step)
+    except Stopped as stopped:
+        print(f"sdgp train: {stopped}. To go on: {_resume_command(args, out)}", file=sys.stderr)
+        return stop.exit_code
+    document = report_document(task, dataset, specs, results)
+    document["command"] = _command(args)
+    _publish(args, task, document, out)
+    return 0
+
+
+def _publish(args: argparse.Namespace, task: Task, document: dict[str, Any], out: Path) -> None:
+    """Print the table, write the three files and say where they are."""
+    paths = {
+        "JSON": args.json or out / "results.json",
+        "Markdown": args.markdown or out / "results.md",
+        "plot": args.plot or out / "curves.png",
+    }
+    write_json(paths["JSON"], document)
+    text = markdown_table(document, task.metric)
+    write_atomically(paths["Markdown"], lambda file: file.write(text.encode()))
+    draw = plot_rows if args.sweep else plot_curves
+    draw(document, task.metric, paths["plot"])
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(terminal_table(document, task.metric))
+    for name, path in paths.items():
+        print(f"{name}: {path}")
+
+
+def _methods(args: argparse.Namespace) -> tuple[Method, ...]:
+    if args.sweep:
+        return tuple(parse_method(entry) for entry in SWEEPS[args.sweep])
+    return parse_methods(args.methods)
+
+
+def _recipe(args: argparse.Namespace, task: Task) -> Recipe:
+    given = {name: getattr(args, name) for name in RECIPE_OPTIONS}
+    return task.recipe.replace(**{name: v for name, v in given.items() if v is not None})
+
+
+def _device(text: str) -> str:
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        rule = "auto, cpu, cuda or cuda:<index>"
+        raise value_error("train", "--device", rule, repr(text), "Pick one.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        fix = "Run with --device cpu, or install a torch that sees the GPU."
+        raise value_error("train", "--device", "a device that torch sees", repr(text), fix)
+    return str(device)
+
+
+def _prepare(out: Path, specs: list[RunSpec], *, resume: bool, overwrite: bool) -> None:
+    """Keep an earlier call's runs unless told to go on with them or to do them anew."""
+    if out.exists() and not out.is_dir():
+        raise value_error("train", "--out", "a folder", out, "Choose another --out.")
+    files = [out / f"{spec.name}{suffix}" for spec in specs for suffix in (".pt", ".json")]
+    earlier = [path for path in files if path.exists()]
+    if earlier and not (resume or overwrite):
+        rule = "a folder without these runs"
+        fix = "Pass --resume to go on with them, --overwrite to do them anew, or another --out."
+        raise value_error("train", "--out", rule, f"{out} with {earlier[0].name}", fix)
+    for path in earlier if overwrite else ():
+        path.unlink()
+
+
+def _command(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> str:
+    """Return the call as a shell would read it."""
+    words = ["sdgp", "train", args.task]
+    if args.sweep or args.methods != DEFAULT_METHODS:
+        words += ["--sweep", args.sweep] if args.sweep else ["--methods", args.methods]
+    words += ["--seeds", str(args.seeds)]
+    for name in (*RECIPE_OPTIONS, "device", "precision", "out", "json", "markdown", "plot"):
+        value = getattr(args, name)
+        if value is not None and name not in without:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _resume_command(args: argparse.Namespace, out: Path) -> str:
+    return f"{_command(args, without=('out',))} --out {shlex.quote(str(out))} --resume"

@@ -1,0 +1,88 @@
+"""Examples in memory, and the order in which a run sees them."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples and their targets.
+
+    Args:
+        inputs: [N, ...] float32 images, or uint8 bytes of text.
+        targets: [N] classes, or [N, T] the next byte at each position.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the examples at ``indices`` on ``device``; integers become int64."""
+        inputs = self.inputs[indices].to(device)
+        if not inputs.is_floating_point():
+            inputs = inputs.long()
+        elif inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, self.targets[indices].to(device).long()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and validation examples of one task, with a line that says where they are from."""
+
+    train: Split
+    validation: Split
+    source: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all examples: two runs compare only where it is the same."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            for tensor in (split.inputs, split.targets):
+                digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of one epoch, a pure function of its arguments.
+
+    Methods compared under one seed therefore see the same batches, and a resumed run needs no
+    generator state to go on with the right one.
+
+    Args:
+        num_examples: how many to shuffle.
+        seed: of the run.
+        epoch: 0-based.
+
+    Returns:
+        [num_examples] int64, a permutation.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    return torch.from_numpy(order)
+
+
+def shuffled_split(
+    inputs: np.ndarray, targets: np.ndarray, num_validation: int, source: str
+) -> Dataset:
+    """Hold out ``num_validation`` examples, the same ones on every machine and for every seed."""
+    order = np.random.default_rng(0).permutation(len(inputs))
+    held_out, kept = order[:num_validation], order[num_validation:]
+    return Dataset(
+        train=_split(inputs[kept], targets[kept]),
+        validation=_split(inputs[held_out], targets[held_out]),
+        source=source,
+    )
+
+
+def _split(inputs: np.ndarray, targets: np.ndarray) -> Split:
+    return Split(torch.from_numpy(inputs), torch.from_numpy(targets))

@@ -1,0 +1,293 @@
+"""RunSpec says what one run is; Trainer carries it out, stops anywhere and goes on bit for bit."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdgp_cusparselt.convert import convert_
+from sdgp_cusparselt.training.backends_used import backends_used
+from sdgp_cusparselt.training.checkpoint import load_checkpoint, save_checkpoint
+from sdgp_cusparselt.training.data import Dataset, epoch_order
+from sdgp_cusparselt.training.flops import GradInputFlops, count_grad_input_flops
+from sdgp_cusparselt.training.methods import Method
+from sdgp_cusparselt.training.recipe import Recipe, triangular
+from sdgp_cusparselt.training.tasks import Task
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+EVALUATION_BATCH = 256
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and did so after saving its checkpoint."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: a pure function of these fields, the data and the machine.
+
+    Args:
+        task: name in ``TASKS``.
+        method: dense or a prune method.
+        seed: of weights, batch order and random pruning.
+        recipe: hyper-parameters.
+        device: as ``torch.device`` reads it.
+        precision: fp32, or the autocast dtype; fp16 trains with a loss scaler.
+    """
+
+    task: str
+    method: Method
+    seed: int
+    recipe: Recipe
+    device: str = "cpu"
+    precision: Precision = "fp32"
+
+    @property
+    def name(self) -> str:
+        """Stem of the run's files."""
+        return f"{self.task}-{self.method.slug}-seed{self.seed}"
+
+    def identity(self, dataset: Dataset) -> dict[str, Any]:
+        """Return what must be equal for a checkpoint to be this run's, as plain values."""
+        return {
+            "task": self.task,
+            "method": self.method.spelling,
+            "seed": self.seed,
+            "recipe": dataclasses.asdict(self.recipe),
+            "device_type": torch.device(self.device).type,
+            "precision": self.precision,
+            "data": dataset.fingerprint,
+        }
+
+
+@dataclass
+class Interval:
+    """What happened since the last evaluation."""
+
+    loss_sum: Tensor
+    steps: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Model, optimizer and counters of one run.
+
+    Args:
+        spec: the run.
+        task: the task that ``spec`` names.
+        dataset: its data.
+
+    Raises:
+        ValueError: the recipe does not fit the data, or the method fits no layer of the model.
+    """
+
+    def __init__(self, spec: RunSpec, task: Task, dataset: Dataset) -> None:
+        self.spec, self.task, self.dataset = spec, task, dataset
+        self.device = torch.device(spec.device)
+        self.total_steps = spec.recipe.total_steps(len(dataset.train))
+        self.steps_per_epoch = spec.recipe.steps_per_epoch(len(dataset.train))
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.flops = GradInputFlops()
+        self.backends: list[str] = []
+        self._order: tuple[int, Tensor] | None = None
+        self._interval = self._new_interval()
+        self._build()
+
+    def _build(self) -> None:
+        spec = self.spec
+        torch.manual_seed(spec.seed)
+        model = self.task.build_model().to(self.device)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.converted: list[str] = []
+        self.skipped: dict[str, str] = {}
+        config = spec.method.config()
+        if config is not None:
+            report = convert_(self.model, config)
+            self.converted, self.skipped = list(report.converted), dict(report.skipped)
+        self.optimizer = build_optimizer(self.model, spec.recipe)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: triangular(step, self.total_steps, spec.recipe.peak_fraction),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=spec.precision == "fp16")
+        # Conversion may draw random numbers; what follows must not depend on it.
+        torch.manual_seed(spec.seed)
+
+    def _new_interval(self) -> Interval:
+        return Interval(torch.zeros((), dtype=torch.float64, device=self.device))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.total_steps
+
+    def train_step(self) -> None:
+        """Do one optimizer step on the next batch."""
+        inputs, targets = self.dataset.train.batch(self._batch_indices(), self.device)
+        self.model.train()
+        counter = (
+            contextlib.nullcontext(self.flops)
+            if self.flops.by_layer
+            else count_grad_input_flops(self.model)
+        )
+        with counter as flops, self._autocast():
+            loss = self._loss(self.model(inputs), targets, self.spec.recipe.label_smoothing)
+        self.flops = flops
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.spec.recipe.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.recipe.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self._interval.loss_sum += loss.detach()
+        self._interval.steps += 1
+        self.step += 1
+
+    def _batch_indices(self) -> Tensor:
+        epoch, index = divmod(self.step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self.dataset.train), self.spec.seed, epoch)
+        size = self.spec.recipe.batch_size
+        return self._order[1][index * size : (index + 1) * size]
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST_DTYPE.get(self.spec.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @staticmethod
+    def _loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0, reduce: str = "mean") -> Any:
+        flat = logits.float().flatten(0, -2)
+        return F.cross_entropy(flat, targets.flatten(), label_smoothing=smoothing, reduction=reduce)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the task's metric over the validation examples."""
+        self.model.eval()
+        split, loss_sum, correct, count = self.dataset.validation, 0.0, 0, 0
+        for first in range(0, len(split), EVALUATION_BATCH):
+            indices = torch.arange(first, min(first + EVALUATION_BATCH, len(split)))
+            inputs, targets = split.batch(indices, self.device)
+            with self._autocast():
+                logits = self.model(inputs)
+            loss_sum += float(self._loss(logits, targets, reduce="sum"))
+            correct += int((logits.argmax(dim=-1) == targets).sum())
+            count += targets.numel()
+        return self.task.score(loss_sum, correct, count)
+
+    def record(self) -> None:
+        """Evaluate, and close the interval with one point of the learning curve."""
+        interval = self._interval
+        self.backends = sorted({*self.backends, *backends_used(self.model)})
+        self.history.append(
+            {
+                "step": self.step,
+                "train_loss": finite(float(interval.loss_sum) / max(1, interval.steps)),
+                "metric": finite(self.evaluate()),
+                "ms_per_step": 1e3 * interval.seconds / max(1, interval.steps),
+            }
+        )
+        self._interval = self._new_interval()
+
+    def is_evaluation_step(self) -> bool:
+        """Whether the learning curve gets a point here; the last step always does."""
+        every = max(1, self.total_steps // self.task.evaluations)
+        return self.finished or (self.step > 0 and self.step % every == 0)
+
+    def train(
+        self,
+        checkpoint: Path | None = None,
+        should_stop: Callable[[int], bool] = lambda step: False,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train to the end.
+
+        Args:
+            checkpoint: saved after every evaluation and when stopped; None saves nothing.
+            should_stop: asked after each step, with the number of steps done.
+            on_step: called after each step.
+
+        Raises:
+            Stopped: ``should_stop`` said so; the checkpoint is saved.
+        """
+        while not self.finished:
+            began = time.perf_counter()
+            self.train_step()
+            evaluate = self.is_evaluation_step()
+            if evaluate and self.device.type == "cuda":
+                # Steps are queued; only here does the clock see them done.
+                torch.cuda.synchronize(self.device)
+            self._interval.seconds += time.perf_counter() - began
+            if evaluate:
+                self.record()
+            on_step()
+            stop = not self.finished and should_stop(self.step)
+            if checkpoint is not None and (evaluate or stop):
+                save_checkpoint(checkpoint, self.state_dict())
+            if stop:
+                raise Stopped(f"{self.spec.name} stopped at step {self.step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, as tensors and plain values."""
+        cuda = self.device.type == "cuda"
+        return {
+            "identity": self.spec.identity(self.dataset),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "history": self.history,
+            "flops": self.flops.by_layer,
+            "backends": self.backends,
+            "interval": dataclasses.asdict(self._interval),
+        }
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            CheckpointError: it is another run's, or no checkpoint.
+        """
+        state = load_checkpoint(path, self.spec.identity(self.dataset))
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = state["step"], state["history"]
+        self.flops, self.backends = GradInputFlops(state["flops"]), state["backends"]
+        interval = state["interval"]
+        self._interval = Interval(**(interval | {"loss_sum": interval["loss_sum"].to(self.device)}))
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer; weight decay spares biases, norms and other vectors."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def finite(value: float) -> float | None:
+    """Return ``value``, or None for NaN and Inf, which JSON cannot hold."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,204 @@
+"""A run is a pure function of its spec, and a broken-off one goes on bit for bit."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sdgp_cusparselt.training.checkpoint import CheckpointError, save_checkpoint
+from sdgp_cusparselt.training.methods import parse_method
+from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped, Trainer
+from sdgp_cusparselt.training.sweep import execute
+from sdgp_cusparselt.training.tasks import Task
+
+
+def make(
+    task: Task, method: str = "dense", seed: int = 0, precision: Precision = "fp32"
+) -> Trainer:
+    spec = RunSpec(task.name, parse_method(method), seed, task.recipe, precision=precision)
+    return Trainer(spec, task, task.load())
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_time(trainer: Trainer) -> list[dict[str, object]]:
+    return [{k: v for k, v in point.items() if k != "ms_per_step"} for point in trainer.history]
+
+
+CASES = [
+    ("image_task", "dense", "fp32"),
+    ("image_task", "random", "fp32"),
+    ("image_task", "mvue", "fp32"),
+    ("text_task", "rescaled_magnitude", "fp32"),
+    ("text_task", "random", "bf16"),
+]
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 8])
+@pytest.mark.parametrize("fixture, method, precision", CASES)
+def test_resume_is_bit_for_bit(
+    fixture: str,
+    method: str,
+    precision: Precision,
+    stop_at: int,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    task = request.getfixturevalue(fixture)
+    unbroken = make(task, method, precision=precision)
+    unbroken.train()
+
+    checkpoint = tmp_path / "run.pt"
+    with pytest.raises(Stopped, match=f"step {stop_at}"):
+        first = make(task, method, precision=precision)
+        first.train(checkpoint, should_stop=lambda step: step == stop_at)
+    torch.manual_seed(12345)
+    torch.rand(100)
+    second = make(task, method, precision=precision)
+    second.load(checkpoint)
+    assert second.step == stop_at
+    second.train(checkpoint)
+
+    assert same(weights(unbroken), weights(second))
+    assert without_time(unbroken) == without_time(second)
+    assert unbroken.flops == second.flops and unbroken.backends == second.backends
+    states = unbroken.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"]
+    for key, state in states[0].items():
+        assert all(torch.equal(state[name], states[1][key][name]) for name in state)
+
+
+def test_methods_start_from_the_same_weights_and_see_the_same_batches(image_task: Task) -> None:
+    methods = ("dense", "magnitude", "random", "mvue", "rescaled_magnitude@4:8")
+    trainers = [make(image_task, method, seed=3) for method in methods]
+    assert all(same(weights(trainers[0]), weights(other)) for other in trainers[1:])
+    for _ in range(4):
+        batches = [trainer._batch_indices() for trainer in trainers]
+        assert all(torch.equal(batches[0], other) for other in batches[1:])
+        for trainer in trainers:
+            trainer.train_step()
+    assert not same(weights(make(image_task, seed=4)), weights(make(image_task, seed=3)))
+
+
+def test_an_epoch_sees_every_example_once(image_task: Task) -> None:
+    trainer = make(image_task)
+    seen = []
+    for _ in range(trainer.steps_per_epoch):
+        seen += trainer._batch_indices().tolist()
+        trainer.train_step()
+    assert sorted(seen) == list(range(24))
+
+
+def test_pruning_changes_the_weights_and_none_does_not(image_task: Task) -> None:
+    final = {}
+    for method in ("dense", "none", "magnitude", "random"):
+        trainer = make(image_task, method)
+        trainer.train()
+        final[method] = weights(trainer)
+    assert same(final["dense"], final["none"])
+    assert not same(final["dense"], final["magnitude"])
+    assert not same(final["magnitude"], final["random"])
+
+
+def test_dense_equals_a_plain_loop(text_task: Task) -> None:
+    """The loop that anyone would write, from the same weights on the same batches."""
+    trainer, data = make(text_task), text_task.load()
+    reference = text_task.build_model()
+    reference.load_state_dict(trainer.model.state_dict())
+    decayed = [p for p in reference.parameters() if p.dim() > 1]
+    others = [p for p in reference.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    for step in range(9):
+        indices = trainer._batch_indices()
+        for group in optimizer.param_groups:
+            rising = 1e-4 + (1 - 1e-4) * step / 0.9
+            group["lr"] = 3e-3 * (rising if step < 0.9 else (9 - step) / 8.1)
+        logits = reference(data.train.inputs[indices].long())
+        loss = F.cross_entropy(logits.view(-1, 256), data.train.targets[indices].view(-1).long())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimizer.step()
+        trainer.train_step()
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, reference.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_bits_per_byte_and_accuracy_by_hand(image_task: Task, text_task: Task) -> None:
+    for task in (image_task, text_task):
+        trainer, split = make(task), task.load().validation
+        inputs, targets = split.batch(torch.arange(len(split)), torch.device("cpu"))
+        with torch.no_grad():
+            log_p = trainer.model.eval()(inputs).double().log_softmax(-1)
+        if task is image_task:
+            hits = sum(int(p.argmax()) == int(t) for p, t in zip(log_p, targets, strict=True))
+            expected = 100 * hits / len(targets)
+        else:
+            picked = log_p.gather(-1, targets.unsqueeze(-1))
+            expected = float(-picked.mean()) / math.log(2)
+        # Sums in fp32 over 10 * 8 targets of about 5 nats each.
+        assert trainer.evaluate() == pytest.approx(expected, rel=80 * 2**-23)
+
+
+def test_a_run_leaves_the_callers_generator_alone(image_task: Task, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    spec = RunSpec("digits", parse_method("random"), 0, image_task.recipe)
+    data = image_task.load()
+    execute(spec, image_task, data, tmp_path, lambda s: False, lambda *a: None, lambda: None)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_checkpoint_of_another_run_is_refused(image_task: Task, tmp_path: Path) -> None:
+    trainer = make(image_task)
+    trainer.train_step()
+    save_checkpoint(tmp_path / "a.pt", trainer.state_dict())
+    other = make(image_task, "magnitude", seed=2)
+    with pytest.raises(CheckpointError) as caught:
+        other.load(tmp_path / "a.pt")
+    assert "method is 'dense' there and 'magnitude@2:4' here" in str(caught.value)
+    assert "seed is 0 there and 2 here" in str(caught.value)
+    assert other.step == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
+def test_a_broken_checkpoint_is_named(content: bytes, image_task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "broken.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"broken\.pt must be a checkpoint of sdgp train"):
+        make(image_task).load(path)
+
+
+def test_saving_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, {"identity": {}, "step": 1})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_checkpoint(path, {"step": (_ for _ in ())})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_biases_and_norms_are_not_decayed(image_task: Task) -> None:
+    trainer = make(image_task)
+    for group in trainer.optimizer.param_groups:
+        vectors = {p.dim() <= 1 for p in group["params"]}
+        assert vectors == {group["weight_decay"] == 0.0}
+    sizes = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    assert sizes == sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_fp16_trains_with_a_loss_scaler(image_task: Task) -> None:
+    trainer = make(image_task, "magnitude", precision="fp16")
+    trainer.train_step()
+    assert trainer.scaler.is_enabled() and trainer.scaler.state_dict()
+    assert not make(image_task).scaler.is_enabled()
