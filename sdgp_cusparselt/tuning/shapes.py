@@ -12,6 +12,8 @@ from sdgp_cusparselt.config import METHODS
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.tuning.decision import MATMUL, Key, gemm_from_dict
 
+#: Element types that the library multiplies 2:4 in every order of the dense operand.
+DTYPES = (torch.bfloat16, torch.float16)
 #: What an entry may leave out.
 DEFAULTS: Mapping[str, Any] = {
     "dtype": "bfloat16",
@@ -73,4 +75,7 @@ def _key(entry: Mapping[str, Any], device: torch.device) -> Key:
         raise ValueError(f"method must be one of {', '.join(METHODS)}")
     if not isinstance(entry["transpose"], bool):
         raise TypeError("transpose must be true or false")
-    return Key(gemm_from_dict(entry, device), entry["method"], entry["transpose"], entry["rival"])
+    gemm = gemm_from_dict(entry, device)
+    if gemm.dtype not in DTYPES:
+        raise ValueError(f"dtype must be bfloat16 or float16, got {entry['dtype']}")
+    return Key(gemm, entry["method"], entry["transpose"], str(entry["rival"]))
