@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem, Product
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
-from sdgp_cusparselt.backends.dense import DenseBackend
+from sdgp_cusparselt.backends.dense import DenseBackend, pruned_gradient
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPFallbackWarning
+from sdgp_cusparselt.spans import Samples, sample_gradient, sampling, span
 
 #: In order of preference; the last one runs everything.
 BACKENDS: list[Backend] = [CusparseLtBackend(), DenseBackend()]
@@ -43,12 +44,14 @@ class LayerRecord:
         name: fully qualified name of the layer, for messages.
         calls: (product, backend name) -> number of calls.
         fallbacks: (product, backend name, reason) -> number of calls that fell back.
+        samples: times and gradient errors of some of the calls.
         token: number under which ``record_of`` finds this record; a custom operator can carry it.
     """
 
     name: str = "sdgp.functional"
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    samples: Samples = field(default_factory=Samples, repr=False)
     token: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +163,9 @@ def linear_grad_input(
     k, n = weight.shape
     m = grad_output.numel() // max(k, 1)
     problem = _problem("grad_input", m, n, k, grad_output, config, weight=weight)
-    return _run(problem, record, lambda b: b.linear_grad_input(grad_output, weight, config))
+    return _run(
+        problem, record, grad_output, lambda b: b.linear_grad_input(grad_output, weight, config)
+    )
 
 
 def linear_grad_weight(
@@ -169,7 +174,9 @@ def linear_grad_weight(
     """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N]."""
     k, m = grad_output.shape
     problem = _problem("grad_weight", m, input.shape[1], k, grad_output, config)
-    return _run(problem, record, lambda b: b.linear_grad_weight(grad_output, input, config))
+    return _run(
+        problem, record, grad_output, lambda b: b.linear_grad_weight(grad_output, input, config)
+    )
 
 
 def conv2d_grad_input(
@@ -195,6 +202,7 @@ def conv2d_grad_input(
     return _run(
         problem,
         record,
+        grad_output,
         lambda b: b.conv2d_grad_input(grad_output, weight, input_like, conv, config),
     )
 
@@ -222,6 +230,7 @@ def conv2d_grad_weight(
     return _run(
         problem,
         record,
+        grad_output,
         lambda b: b.conv2d_grad_weight(grad_output, input, weight, conv, config),
     )
 
@@ -248,7 +257,17 @@ def _problem(
     return replace(problem, conv=conv, kernel_size=kernel_size, channels_last=channels_last)
 
 
-def _run(problem: Problem, record: LayerRecord, product: Callable[[Backend], Tensor]) -> Tensor:
+def _run(
+    problem: Problem,
+    record: LayerRecord,
+    grad_output: Tensor,
+    product: Callable[[Backend], Tensor],
+) -> Tensor:
     selection = select(problem)
     announce(problem, selection, record)
-    return product(selection.backend)
+    samples, of = record.samples, problem.product
+    if not samples.due(of, problem.config.telemetry_every, problem.device):
+        return product(selection.backend)
+    sample_gradient(samples, of, grad_output, lambda: pruned_gradient(problem, grad_output))
+    with sampling(samples, of), span("total", problem.device):
+        return product(selection.backend)

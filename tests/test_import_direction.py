@@ -19,7 +19,7 @@ ORDER = {
         "__init__",
     ],
     "sdgp_cusparselt": [
-        "errors cache arrays versions",
+        "errors cache arrays versions equivalence spans",
         "config",
         "pruning",
         "packing.layout",
@@ -48,7 +48,7 @@ ORDER = {
         "convert",
         "telemetry",
         "training",
-        "diagnostics planner",
+        "diagnostics planner selfcheck",
         "__init__",
         "commands",
         "cli",
