@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem, Product
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import DenseBackend
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPFallbackWarning
 
 #: In order of preference; the last one runs everything.
-BACKENDS: list[Backend] = [DenseBackend()]
+BACKENDS: list[Backend] = [CusparseLtBackend(), DenseBackend()]
 
 _machine_announced: set[str] = set()
 
@@ -101,14 +102,14 @@ def select(problem: Problem) -> Selection:
     """
     config, rejected = problem.config, dict[str, list[str]]()
     for backend in BACKENDS:
-        if backend.name == "dense" or config.backend in ("auto", backend.name):
-            forced_dense = config.backend == "dense" and backend.name != "dense"
-            reasons = [] if forced_dense else backend.not_supported_reasons(problem)
-            if not reasons:
-                if rejected and config.on_unsupported == "raise":
-                    raise NotSupportedError(_no_backend(problem, rejected))
-                return Selection(backend, rejected)
-            rejected[backend.name] = reasons
+        if backend.name != "dense" and config.backend not in ("auto", backend.name):
+            continue
+        reasons = backend.not_supported_reasons(problem)
+        if not reasons:
+            if rejected and config.on_unsupported == "raise":
+                raise NotSupportedError(_no_backend(problem, rejected))
+            return Selection(backend, rejected)
+        rejected[backend.name] = reasons
     raise NotSupportedError(_no_backend(problem, rejected))
 
 

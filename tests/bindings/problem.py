@@ -70,10 +70,15 @@ class Case:
 
 
 class Problem:
-    """One case with its data, descriptors, plan and compressed operand."""
+    """One case with its data, descriptors, plan and compressed operand.
 
-    def __init__(self, handle: cslt.Handle, case: Case, alg_id: int | None = None) -> None:
-        self.case, self.handle = case, handle
+    The operands stay on the host for the expected numbers; what the library reads lies on device.
+    """
+
+    def __init__(
+        self, handle: cslt.Handle, case: Case, alg_id: int | None = None, device: str = "cpu"
+    ) -> None:
+        self.case, self.handle, self.device = case, handle, device
         # R_32F is 0: compare with None.
         self.out_dtype = case.dtype if case.out_dtype is None else case.out_dtype
         self.a = random_matrix(case.m, case.k, case.dtype)
@@ -85,7 +90,8 @@ class Problem:
         self.a_memory, a = self._matrix(self.a, case.op_a, case.order_a, case.sparse_is_a)
         self.b_memory, b = self._matrix(self.b, case.op_b, case.order_b, not case.sparse_is_a)
         zeros = torch.zeros(case.m, case.n).to(TORCH[self.out_dtype])
-        self.d_memory, ld = in_memory(zeros, case.order_d, case.ld_extra)
+        d_memory, ld = in_memory(zeros, case.order_d, case.ld_extra)
+        self.d_memory = d_memory.to(device)
         shape = {"ld": ld, "order": case.order_d}
         d = cslt.MatDescriptor.dense(handle, case.m, case.n, dtype=self.out_dtype, **shape)
         c = d
@@ -106,8 +112,8 @@ class Problem:
             self.alg.set(cslt.AlgAttribute.CONFIG_ID, alg_id)
         self.plan = cslt.MatmulPlan(handle, self.matmul, self.alg)
         size, scratch = self.plan.compressed_size()
-        self.compressed = torch.empty(size, dtype=torch.uint8)
-        self.scratch = torch.empty(scratch, dtype=torch.uint8)
+        self.compressed = torch.empty(size, dtype=torch.uint8, device=device)
+        self.scratch = torch.empty(scratch, dtype=torch.uint8, device=device)
         sparse = self.a_memory if case.sparse_is_a else self.b_memory
         self.plan.compress(sparse.data_ptr(), self.compressed.data_ptr(), self.scratch.data_ptr())
 
@@ -118,6 +124,7 @@ class Problem:
         memory, ld = in_memory(stored, order, self.case.ld_extra)
         make = cslt.MatDescriptor.structured if structured else cslt.MatDescriptor.dense
         rows, cols = stored.shape
+        memory = memory.to(self.device)
         return memory, make(self.handle, rows, cols, ld=ld, dtype=self.case.dtype, order=order)
 
     def pointers(self) -> tuple[int, int, int]:
@@ -136,7 +143,7 @@ class Problem:
 
     def result(self) -> torch.Tensor:
         """Return D as a [M, N] tensor."""
-        return from_memory(self.d_memory, self.case.m, self.case.n, self.case.order_d)
+        return from_memory(self.d_memory.cpu(), self.case.m, self.case.n, self.case.order_d)
 
     def expected(self) -> torch.Tensor:
         """Return A @ B in float64, from the operands before compression."""

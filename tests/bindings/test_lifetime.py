@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pycusparselt as cslt
 import pytest
-from pycusparselt import AlgAttribute, CusparseLtError, DataType, PlanStateError, Status
+from pycusparselt import AlgAttribute, CusparseLtError, DataType, PlanStateError, Status, lifetime
 from pycusparselt.lifetime import Owned
 
 from tests.bindings.problem import Case, Problem
@@ -244,6 +245,30 @@ def test_a_forked_child_leaves_the_parents_objects_alone(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     handle.close()
     assert emulator.calls("cusparseLtDestroy") == before + 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_during_a_release_does_not_block_the_child(lib: cslt.Library) -> None:
+    handle = cslt.Handle(lib)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lifetime._lock:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends the child where it would wait for ever
+        handle.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()
+    handle.close()
 
 
 def test_structs_fit_and_stay_where_they_are(emulator: Emulator, lib: cslt.Library) -> None:

@@ -141,10 +141,25 @@ def test_a_failed_search_lists_what_it_tried(fresh: None, monkeypatch: pytest.Mo
     assert listing.replace("\n", "\n  ") in str(caught.value)
 
 
-def test_without_pathfinder(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", [None, ModuleNotFoundError("cuda")])
+def test_without_pathfinder(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, answer: Exception | None
+) -> None:
+    def find_spec(name: str) -> None:
+        if answer is not None:
+            raise answer
+
     monkeypatch.setattr(loader, "SONAME", "libcusparseLt-that-is-not.so")
-    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loader.importlib.util, "find_spec", find_spec)
     with pytest.raises(LibraryNotFoundError, match="pip install cuda-pathfinder"):
+        cslt.load()
+
+
+def test_a_search_that_hangs_is_given_up(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "SONAME", "libcusparseLt-that-is-not.so")
+    monkeypatch.setattr(loader, "_FIND", "import time; time.sleep(60)")
+    monkeypatch.setattr(loader, "_FIND_TIMEOUT_S", 0.2)
+    with pytest.raises(LibraryNotFoundError, match=r"no answer in 0\.2 s"):
         cslt.load()
 
 
