@@ -20,23 +20,23 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdgp_cusparselt.packing import kernels, launch
+from sdgp_cusparselt.packing import kernels, launch, selection
 from sdgp_cusparselt.packing import layout as layouts
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 POINTERS = {"seeds_ptr": "*i64", "ratio_ptr": "*fp32", "sums_ptr": "*fp32"}
 # Arguments whose divisibility by 16 a launch cannot promise.
 ODD = ("col_blocks", "COL_BLOCKS", "rows_per_ratio")
-MAGNITUDE = {"METHOD": kernels.MAGNITUDE.value, "METHOD_T": kernels.MAGNITUDE.value}
+MAGNITUDE = {"METHOD": selection.MAGNITUDE.value, "METHOD_T": selection.MAGNITUDE.value}
 FEATURES = {"FEATURES": True, "TOKENS": False, "SUMS": False, "RATIO": 0, **MAGNITUDE}
 CASES: dict[str, dict[str, Any]] = {
     "features": FEATURES,
     "features+sums": {**FEATURES, "SUMS": True},
     "tokens": {**FEATURES, "FEATURES": False, "TOKENS": True},
     "both+sums": {**FEATURES, "TOKENS": True, "SUMS": True},
-    "random": {**FEATURES, "METHOD": kernels.RANDOM.value},
-    "mvue": {**FEATURES, "METHOD": kernels.MVUE.value},
-    "rescaled": {**FEATURES, "METHOD": kernels.RESCALED.value, "RATIO": 1},
+    "random": {**FEATURES, "METHOD": selection.RANDOM.value},
+    "mvue": {**FEATURES, "METHOD": selection.MVUE.value},
+    "rescaled": {**FEATURES, "METHOD": selection.RESCALED.value, "RATIO": 1},
 }
 ON_EVERY_TARGET = ("features+sums", "both+sums")
 
@@ -44,7 +44,7 @@ ON_EVERY_TARGET = ("features+sums", "both+sums")
 def compile_case(case: dict[str, Any], target: int, aligned: bool = True) -> Any:
     """Compile one case for [tokens, features] with the tile that a launch would choose."""
     both = case["FEATURES"] and case["TOKENS"]
-    heavy = case["METHOD"] in (kernels.RANDOM.value, kernels.MVUE.value)
+    heavy = case["METHOD"] in (selection.RANDOM.value, selection.MVUE.value)
     tile = launch.choose_tile(1 << 14, 1 << 12, both, heavy)
     nbytes = 1 << 20
     constants = {
