@@ -8,7 +8,7 @@ export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test lint bench gpu-check test-abi clean
+.PHONY: install demo test test-abi test-slow lint bench gpu-check docs clean
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -20,6 +20,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck docker/install.sh docker/slurm.sbatch
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 # Real training on data inside packages, dense beside pruned; about two minutes on two cores.
 demo: $(STAMP)
@@ -31,5 +33,27 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow"
 
+# Downloads the seven wheels that the binding promises to fit (1.4 GB, once, into build/wheels).
+test-abi: $(STAMP)
+	$(BIN)/python -m pytest -q -m abi tests/bindings
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Training to stated accuracy, fresh environments: minutes each.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+# What a CPU can measure: the fallback, the reference packer, the binding, all as ratios in one run.
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q bench -k cpu --benchmark-json=build/bench-cpu.json
+
+# Everything that only a GPU can show; uses the python on the PATH, so that it runs in a checkout.
+gpu-check:
+	SDGP_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m gpu tests
+
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache

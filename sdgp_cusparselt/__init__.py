@@ -12,10 +12,13 @@ from sdgp_cusparselt.dispatch import BackendStatus, backend_status
 from sdgp_cusparselt.errors import (
     EquivalenceError,
     NotSupportedError,
+    SDGPCacheWarning,
     SDGPError,
     SDGPFallbackWarning,
 )
 from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.telemetry import Telemetry, telemetry
+from sdgp_cusparselt.tuning.recorder import record_shapes
 
 __version__ = "0.1.0"
 
@@ -24,15 +27,19 @@ __all__ = [
     "ConversionReport",
     "EquivalenceError",
     "NotSupportedError",
+    "SDGPCacheWarning",
     "SDGPConfig",
     "SDGPError",
     "SDGPFallbackWarning",
+    "Telemetry",
     "__version__",
     "backend_status",
     "convert_",
     "functional",
     "nn",
     "prune",
+    "record_shapes",
     "revert_",
     "set_enabled_",
+    "telemetry",
 ]

@@ -1,6 +1,8 @@
 """What a user may choose: one frozen dataclass that validates itself."""
 
-from dataclasses import dataclass, fields, replace
+import functools
+import json
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from sdgp_cusparselt.errors import type_error, value_error
@@ -57,11 +59,14 @@ class SDGPConfig:
         on_slower: what backend "auto" does where the sparse path was measured slower than dense:
             "dense" leaves the gradient unpruned, so that no shape is slower than without this
             package; "prune" prunes all the same, so that the numbers do not depend on the GPU.
-        tune: "first_use" tunes a shape when it first occurs, "ahead" only in ``sdgp tune``,
-            "never" not at all.
+        tune: "ahead" uses the sparse path only for shapes that ``sdgp tune`` decided before,
+            "first_use" tunes a shape when it first occurs (seconds, once per GPU and version),
+            "never" times nothing and uses the library's default algorithm where it proves right.
         check_every: compare a layer's sparse result with the dense one every so many calls; 0
             never does.
-        telemetry_every: sample a layer's gradient error every so many calls; 0 never does.
+        telemetry_every: sample a layer's gradient error every so many calls; 0 never does. Only
+            then does compiled code tell its layers apart, at one compilation for each.
+        text: all of these as one string, for custom operators; ``from_text`` turns it back.
     """
 
     prune: PruneMethod = "magnitude"
@@ -72,21 +77,24 @@ class SDGPConfig:
     backend: BackendName = "auto"
     on_unsupported: OnUnsupported = "dense"
     on_slower: OnSlower = "dense"
-    tune: TunePolicy = "first_use"
+    tune: TunePolicy = "ahead"
     check_every: int = 0
     telemetry_every: int = 0
+    text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         """Raise ValueError or TypeError, naming field, rule and value."""
         hints = get_type_hints(type(self))
         check_pattern("SDGPConfig", self.prune, self.n, self.m, argument="prune")
-        for field in fields(self):
-            value, choices = getattr(self, field.name), get_args(hints[field.name])
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        for name, value in given.items():
+            choices = get_args(hints[name])
             if choices:
-                self._check_choice(field.name, value, choices)
+                self._check_choice(name, value, choices)
             else:
-                checked_int("SDGPConfig", field.name, value)
+                checked_int("SDGPConfig", name, value)
         self._check_ranges()
+        object.__setattr__(self, "text", json.dumps(given))
 
     def _check_choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
         if not isinstance(value, str) or value not in choices:
@@ -120,6 +128,11 @@ class SDGPConfig:
         """Return a copy with some fields changed, validated again."""
         return replace(self, **changes)
 
+    @staticmethod
+    def from_text(text: str) -> "SDGPConfig":
+        """Return the configuration whose ``text`` this is."""
+        return _config_of(text)
+
     def describe(self) -> str:
         """Return a short form for reprs and tables, such as ``magnitude 2:4``."""
         parts = [f"{self.prune} {self.n}:{self.m}" if self.prunes else "none"]
@@ -130,6 +143,11 @@ class SDGPConfig:
         if self.backend != "auto":
             parts.append(f"backend={self.backend}")
         return " ".join(parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _config_of(text: str) -> SDGPConfig:
+    return SDGPConfig(**json.loads(text))
 
 
 def check_config(function: str, config: object) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdgp_cusparselt import dispatch
+from sdgp_cusparselt import ops, products
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.backends.dense import (
     dense_conv2d_grad_input,
@@ -18,10 +18,11 @@ from sdgp_cusparselt.backends.dense import (
     dense_linear_grad_input,
 )
 from sdgp_cusparselt.config import SDGPConfig, check_config
-from sdgp_cusparselt.dispatch import LayerRecord
 from sdgp_cusparselt.errors import SDGPError, value_error
+from sdgp_cusparselt.records import COMPILED, LayerRecord, record_of
 
 _NO_RECORD = LayerRecord()
+_COMPILED_TOKEN = COMPILED.token
 _NO_DOUBLE_BACKWARD = (
     "SDGP: a second derivative was asked for, but a pruned gradient is not the derivative of any "
     "function. Use sdgp.set_enabled_(model, False), or SDGPConfig(prune='none') with plain layers, "
@@ -69,7 +70,7 @@ def linear(
     check_config("linear", config)
     input, weight, bias = _autocast(input, weight, bias)
     output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, config, record or _NO_RECORD
+        input, weight, bias, *_choices(config, record)
     )
     return output
 
@@ -121,21 +122,34 @@ def conv2d(
     conv = ConvGeometry(stride, pads, dilation, groups)
     batched = input if input.ndim == 4 else input.unsqueeze(0)
     output: Tensor = _Conv2d.apply(  # type: ignore[no-untyped-call]
-        batched, weight, bias, conv, config, record or _NO_RECORD
+        batched, weight, bias, *_choices(config, record), *ops.flat_geometry(conv)
     )
     return output if input.ndim == 4 else output.squeeze(0)
+
+
+def _choices(config: SDGPConfig, record: LayerRecord | None) -> tuple[bool, bool, str, int]:
+    """Return what backward needs of a configuration, as constants that a compiler can carry."""
+    shared = torch.compiler.is_compiling() and not config.telemetry_every
+    token = _COMPILED_TOKEN if shared else (_NO_RECORD if record is None else record).token
+    return config.prunes, config.grad_weight == "sparse", config.text, token
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, config: SDGPConfig, record: LayerRecord
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prunes: bool,
+        sparse_grad_weight: bool,
+        config: str,
+        token: int,
     ) -> Tensor:
         return F.linear(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, ctx.config, ctx.record = inputs
+        input, weight, _, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.token = inputs
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
             weight if ctx.needs_input_grad[0] else None,
@@ -150,30 +164,38 @@ class _Linear(torch.autograd.Function):
         with torch.no_grad():
             flat = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
-                grad_input = _linear_grad_input(grad_output, weight, ctx.config, ctx.record)
+                grad_input = _linear_grad_input(grad_output, weight, ctx)
             if ctx.needs_input_grad[1]:
                 tokens = input.reshape(-1, input.shape[-1])
                 grad_weight = _linear_grad_weight(flat, tokens, ctx)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0)
-        return _once(ctx, grad_output, grad_input, grad_weight, grad_bias, None, None)
+        return _once(ctx, grad_output, grad_input, grad_weight, grad_bias, *[None] * 4)
 
 
-def _linear_grad_input(
-    grad_output: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRecord
-) -> Tensor:
-    if not config.prunes:
+def _linear_grad_input(grad_output: Tensor, weight: Tensor, ctx: Any) -> Tensor:
+    if not ctx.prunes:
         return dense_linear_grad_input(grad_output, weight)
-    return dispatch.linear_grad_input(grad_output, weight, config, record)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = ops.linear_grad_input(grad_output, weight, ctx.config, ctx.token)
+        return compiled
+    return products.linear_grad_input(grad_output, weight, *_looked_up(ctx))
 
 
 def _linear_grad_weight(flat: Tensor, tokens: Tensor, ctx: Any) -> Tensor:
-    if ctx.config.grad_weight == "sparse":
-        return dispatch.linear_grad_weight(flat, tokens, ctx.config, ctx.record)
+    if ctx.sparse_grad_weight:
+        if torch.compiler.is_compiling():
+            compiled: Tensor = ops.linear_grad_weight(flat, tokens, ctx.config, ctx.token)
+            return compiled
+        return products.linear_grad_weight(flat, tokens, *_looked_up(ctx))
     # The same two products that autograd's own addmm backward chooses between, for equal bits.
     if ctx.weight_is_row_major:
         return flat.t().mm(tokens)
     return tokens.t().mm(flat).t()
+
+
+def _looked_up(ctx: Any) -> tuple[SDGPConfig, LayerRecord]:
+    return SDGPConfig.from_text(ctx.config), record_of(ctx.token)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -182,15 +204,19 @@ class _Conv2d(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        conv: ConvGeometry,
-        config: SDGPConfig,
-        record: LayerRecord,
+        prunes: bool,
+        sparse_grad_weight: bool,
+        config: str,
+        token: int,
+        *geometry: int,
     ) -> Tensor:
+        conv = ops.geometry_of(geometry)
         return F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, ctx.conv, ctx.config, ctx.record = inputs
+        input, weight, _, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.token = inputs[:7]
+        ctx.geometry = inputs[7:]
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
             weight,
@@ -203,21 +229,23 @@ class _Conv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         with torch.no_grad():
+            input_like = _like_input(grad_output, ctx.input_shape) if input is None else input
             if ctx.needs_input_grad[0]:
-                grad_input = _conv2d_grad_input(grad_output, input, weight, ctx)
-            grad_weight, grad_bias = _conv2d_grad_parameters(grad_output, input, weight, ctx)
-        return _once(ctx, grad_output, grad_input, grad_weight, grad_bias, None, None, None)
+                grad_input = _conv2d_grad_input(grad_output, input_like, weight, ctx)
+            grad_weight, grad_bias = _conv2d_grad_parameters(grad_output, input_like, weight, ctx)
+        return _once(ctx, grad_output, grad_input, grad_weight, grad_bias, *[None] * 11)
 
 
-def _conv2d_grad_input(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor, ctx: Any
-) -> Tensor:
-    input_like = _like_input(grad_output, ctx.input_shape) if input is None else input
-    if not ctx.config.prunes:
-        return dense_conv2d_grad_input(grad_output, weight, input_like, ctx.conv)
-    return dispatch.conv2d_grad_input(
-        grad_output, weight, input_like, ctx.conv, ctx.config, ctx.record
-    )
+def _conv2d_grad_input(grad_output: Tensor, input_like: Tensor, weight: Tensor, ctx: Any) -> Tensor:
+    conv = ops.geometry_of(ctx.geometry)
+    if not ctx.prunes:
+        return dense_conv2d_grad_input(grad_output, weight, input_like, conv)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = ops.conv2d_grad_input(
+            grad_output, weight, input_like, ctx.geometry, ctx.config, ctx.token
+        )
+        return compiled
+    return products.conv2d_grad_input(grad_output, weight, input_like, conv, *_looked_up(ctx))
 
 
 def _like_input(grad_output: Tensor, input_shape: torch.Size) -> Tensor:
@@ -229,18 +257,22 @@ def _like_input(grad_output: Tensor, input_shape: torch.Size) -> Tensor:
 
 
 def _conv2d_grad_parameters(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor, ctx: Any
+    grad_output: Tensor, input: Tensor, weight: Tensor, ctx: Any
 ) -> tuple[Tensor | None, Tensor | None]:
+    conv = ops.geometry_of(ctx.geometry)
     _, need_weight, need_bias = ctx.needs_input_grad[:3]
-    sparse = need_weight and ctx.config.grad_weight == "sparse"
-    input_like = _like_input(grad_output, ctx.input_shape) if input is None else input
+    sparse = need_weight and ctx.sparse_grad_weight
     # One call for both, as autograd makes it: the bits of the bias gradient depend on it.
     grad_weight, grad_bias = dense_conv2d_grad_parameters(
-        grad_output, input_like, weight, ctx.conv, (need_weight and not sparse, need_bias)
+        grad_output, input, weight, conv, (need_weight and not sparse, need_bias)
     )
-    if sparse:
-        grad_weight = dispatch.conv2d_grad_weight(
-            grad_output, input_like, weight, ctx.conv, ctx.config, ctx.record
+    if sparse and torch.compiler.is_compiling():
+        grad_weight = ops.conv2d_grad_weight(
+            grad_output, input, weight, ctx.geometry, ctx.config, ctx.token
+        )
+    elif sparse:
+        grad_weight = products.conv2d_grad_weight(
+            grad_output, input, weight, conv, *_looked_up(ctx)
         )
     return grad_weight, grad_bias
 

@@ -34,6 +34,9 @@ _HINTS = {
     ),
 }
 
+# Measured on 0.8.1 and 0.10.0: this one reads through a null pointer, all others refuse it.
+_CRASHES_ON_NULL = {"cusparseLtDestroy"}
+
 
 class CFunction:
     """One C function: its name, its types, and how to call it on a library."""
@@ -60,7 +63,10 @@ class CFunction:
         Raises:
             CusparseLtError: the status is not success; context is part of its message.
             FunctionNotAvailableError: this version of the library does not export it.
+            ValueError: a null pointer where the library would crash on it.
         """
+        if self.name in _CRASHES_ON_NULL and not arguments[0]:
+            raise ValueError(f"{self.name}: handle must be an address, got 0. Initialise it first")
         result = self.resolve(library)(*arguments)
         if self.restype is TEXT:
             return result.decode() if result is not None else ""

@@ -17,6 +17,15 @@ from pycusparselt.loader import Library
 _lock = threading.RLock()
 
 
+def _renew_lock() -> None:
+    """Give a forked child a free lock: the thread that held the old one does not exist there."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Resource:
     """An initialised C struct in a tree; it refers to other resources, never to Python objects.
 

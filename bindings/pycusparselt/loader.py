@@ -167,31 +167,45 @@ def _already_loaded() -> str | None:
 def _search() -> str:
     """Ask ``cuda.pathfinder`` where the library is."""
     tried = [f"{ENVIRONMENT_VARIABLE} (not set)", f"{SONAME} (not loaded in this process)"]
-    if not sys.executable or importlib.util.find_spec("cuda.pathfinder") is None:
+    if not sys.executable or not _has_pathfinder():
         tried.append("cuda.pathfinder (not installed)")
-        reason = "pip install cuda-pathfinder lets it be searched for"
+        advice = "Let it be searched for with: pip install cuda-pathfinder"
     else:
-        finished = subprocess.run(
-            [sys.executable, "-c", _FIND],
-            capture_output=True,
-            text=True,
-            timeout=_FIND_TIMEOUT_S,
-            check=False,
-        )
-        found = finished.stdout.strip().splitlines()
-        if finished.returncode == 0 and found:
-            return found[-1]
-        lines = finished.stderr.strip().splitlines()
-        start = max((i for i, line in enumerate(lines) if "NotFoundError" in line), default=-1)
-        details = [line.strip() for line in lines[start:] if line.strip()]
-        tried += [f"cuda.pathfinder: {line}" for line in details or ["no answer"]]
-        reason = INSTALL_HINT
+        path, answer = _run_search()
+        if path:
+            return path
+        tried += [f"cuda.pathfinder: {line}" for line in answer]
+        advice = INSTALL_HINT
     listing = "\n  ".join(tried)
     raise LibraryNotFoundError(
-        f"load: libcusparseLt was not found. {reason}, or set {ENVIRONMENT_VARIABLE} to its file. "
+        f"load: libcusparseLt was not found. {advice}, or set {ENVIRONMENT_VARIABLE} to its file. "
         f"Searched:\n  {listing}",
         tuple(tried),
     )
+
+
+def _has_pathfinder() -> bool:
+    try:
+        return importlib.util.find_spec("cuda.pathfinder") is not None
+    except ModuleNotFoundError:  # not even the namespace ``cuda`` exists
+        return False
+
+
+def _run_search() -> tuple[str, list[str]]:
+    """Return the path that was found, or "" and why not."""
+    command = [sys.executable, "-c", _FIND]
+    try:
+        finished = subprocess.run(
+            command, capture_output=True, text=True, timeout=_FIND_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "", [f"no answer in {_FIND_TIMEOUT_S} s"]
+    found = finished.stdout.strip().splitlines()
+    if finished.returncode == 0 and found:
+        return found[-1], []
+    lines = finished.stderr.strip().splitlines()
+    start = max((i for i, line in enumerate(lines) if "NotFoundError" in line), default=-1)
+    return "", [line.strip() for line in lines[start:] if line.strip()] or ["no answer"]
 
 
 def _read_version(cdll: ctypes.CDLL, path: str) -> tuple[int, int, int]:

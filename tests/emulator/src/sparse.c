@@ -169,7 +169,8 @@ static bool group_is_24(const sparse_view_t *view, const void *dense, int64_t at
 }
 
 static status_t prune_check(const sparse_view_t *view, const void *dense, int *valid) {
-    if (dense == NULL || valid == NULL || !aligned16(dense)) return INVALID_VALUE;
+    bool fits = ((uintptr_t)valid & 3) == 0;
+    if (dense == NULL || valid == NULL || !fits || !aligned16(dense)) return INVALID_VALUE;
     *valid = 0;
     int copies = view->batch_stride == 0 ? 1 : view->batches;
     for (int i = 0; i < copies; i++)

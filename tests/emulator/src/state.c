@@ -117,7 +117,8 @@ status_t new_object(void *opaque, enum kind kind, object_t *handle, object_t **o
     return SUCCESS;
 }
 
-/* A struct that was moved or copied no longer lies at its own address: refused. */
+/* A struct that was moved or copied no longer lies at its own address: refused, and so is one that
+ * was never initialised (0.8.1 and 0.10.0 answer INVALID_VALUE for a zeroed handle as well). */
 object_t *lookup(const void *opaque, enum kind kind) {
     if (opaque == NULL || !aligned16(opaque)) return NULL;
     const opaque_t *at = opaque;
@@ -129,7 +130,7 @@ object_t *lookup(const void *opaque, enum kind kind) {
 status_t check_handle(const void *handle, object_t **out) {
     if (handle == NULL || !aligned16(handle)) return INVALID_VALUE;
     object_t *object = lookup(handle, KIND_HANDLE);
-    if (object == NULL) return NOT_INITIALIZED;
+    if (object == NULL) return INVALID_VALUE;
     if (emu.thread_check && object->thread != thread_number()) return INTERNAL_ERROR;
     *out = object;
     return SUCCESS;
@@ -147,7 +148,7 @@ status_t end_object(const void *opaque, enum kind kind) {
         ((opaque_t *)opaque)->magic = DEAD;
     }
     pthread_mutex_unlock(&lock);
-    if (object == NULL) return kind == KIND_HANDLE ? NOT_INITIALIZED : INVALID_VALUE;
+    if (object == NULL) return INVALID_VALUE;
     if (object->users > 0) atomic_fetch_add(&emu.order_violations, 1);
     if (object->handle != NULL) unuse(object->handle);
     atomic_fetch_sub(&live[kind], 1);

@@ -1,0 +1,82 @@
+"""What pruning costs on a CPU: the fallback is measured, not promised. Ratios within one run.
+
+pytest bench/bench_layer.py -k cpu --benchmark-json=build/layer.json
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import sdgp_cusparselt as sdgp
+
+ROUNDS = 9
+
+
+def interleaved(*functions: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
+    """Return the median seconds of each function, measured in turn so that drift hits all."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+        function()
+    for _ in range(rounds):
+        for index, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            times[index].append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude"])
+@pytest.mark.parametrize(
+    "tokens, in_features, out_features", [(4096, 1024, 1024), (2048, 2048, 2048)]
+)
+def test_cpu_layer_forward_backward(
+    benchmark, tokens: int, in_features: int, out_features: int, method: str
+) -> None:
+    """Forward and backward of a converted linear layer over those of the dense one, fp32."""
+    dense, pruned = (nn.Linear(in_features, out_features) for _ in range(2))
+    sdgp.convert_(pruned, sdgp.SDGPConfig(prune=method, backend="dense"))
+    input = torch.randn(tokens, in_features, requires_grad=True)
+    grad_output = torch.randn(tokens, out_features)
+
+    def step(layer: nn.Module) -> None:
+        input.grad = None
+        layer.zero_grad()
+        layer(input).backward(grad_output)
+
+    plain, ours = interleaved(lambda: step(dense), lambda: step(pruned))
+    benchmark.extra_info.update(
+        shape=f"[{tokens}, {in_features}] x {out_features}",
+        method=method,
+        dense_ms=plain * 1e3,
+        pruned_ms=ours * 1e3,
+        ratio=ours / plain,
+    )
+    print(f"\n{method} [{tokens}, {in_features}] x {out_features}: {ours / plain:.3f} x dense")
+    benchmark.pedantic(lambda: step(pruned), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cpu_magnitude_over_topk(benchmark, dtype: torch.dtype) -> None:
+    """Magnitude pruning of [4096, 1024] against abs().topk(2) of the same groups of four."""
+    x = torch.randn(4096, 1024).to(dtype)
+    topk, ours = interleaved(
+        lambda: x.view(-1, 4).abs().topk(2), lambda: sdgp.prune(x), rounds=2 * ROUNDS
+    )
+    benchmark.extra_info.update(topk_ms=topk * 1e3, prune_ms=ours * 1e3, ratio=topk / ours)
+    print(f"\nprune {dtype}: {topk / ours:.2f} times as fast as abs().topk(2)")
+    benchmark.pedantic(lambda: sdgp.prune(x), rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude", "random", "mvue"])
+@pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (16, 32)])
+def test_cpu_prune(benchmark, method: str, n: int, m: int) -> None:
+    """Every method on [4096, 1024] fp32, in clones of the tensor."""
+    x = torch.randn(4096, 1024)
+    clone, ours = interleaved(lambda: x.clone(), lambda: sdgp.prune(x, method=method, n=n, m=m))
+    benchmark.extra_info.update(clones=ours / clone, prune_ms=ours * 1e3)
+    benchmark.pedantic(lambda: sdgp.prune(x, method=method, n=n, m=m), rounds=3)

@@ -1,0 +1,96 @@
+"""The installed wheel itself: it loads and answers on a machine with no GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pycusparselt as cslt
+import pytest
+from pycusparselt import Status
+from pycusparselt import cusparselt as capi
+from pycusparselt.abi import OpaqueStorage, Property
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def real() -> cslt.Library:
+    files = distribution("nvidia-cusparselt-cu13").files or []
+    (path,) = [file for file in files if file.name == "libcusparseLt.so.0"]
+    return cslt.load(Path(str(path.locate())))
+
+
+def test_version_is_the_wheels(real: cslt.Library) -> None:
+    wheel = tuple(int(part) for part in distribution("nvidia-cusparselt-cu13").version.split("."))
+    assert real.version == wheel[:3]
+
+
+def test_properties(real: cslt.Library) -> None:
+    storage = OpaqueStorage()
+    with pytest.raises(cslt.CusparseLtError, match="INVALID_VALUE"):
+        capi.get_property(real, Property.MAJOR_VERSION, 0)
+    capi.get_property(real, Property.MINOR_VERSION, storage.address)
+
+
+def test_every_function_is_exported(real: cslt.Library) -> None:
+    for function in capi.FUNCTIONS.values():
+        assert function.resolve(real).argtypes == function.argtypes
+
+
+def test_error_names_and_texts(real: cslt.Library) -> None:
+    for status in Status:
+        assert capi.get_error_name(real, status) == f"CUSPARSE_STATUS_{status.name}"
+        assert capi.get_error_string(real, status)
+
+
+def test_init_without_a_gpu_is_a_clear_error(real: cslt.Library) -> None:
+    try:
+        handle = cslt.Handle(real)
+    except cslt.CusparseLtError as error:
+        assert error.status == Status.NOT_INITIALIZED
+        assert error.function == "cusparseLtInit"
+        assert "initialization error" in str(error)
+        assert "no usable NVIDIA GPU or driver" in str(error)
+        return
+    assert handle.version() == real.version[1] * 100 + real.version[2]
+    handle.close()
+
+
+NULLS = """
+import sys
+import pycusparselt as cslt
+from pycusparselt.abi import OpaqueStorage
+from pycusparselt.cusparselt import FUNCTIONS
+lib = cslt.load(sys.argv[1])
+empty = OpaqueStorage()
+for name, function in FUNCTIONS.items():
+    for first in (0, empty.address):
+        if name.startswith("cusparseLtGetError") or name == "cusparseLtInit" and first:
+            continue
+        arguments = [first, *[0] * (len(function.argtypes) - 1)]
+        print(name, first != 0, flush=True)
+        try:
+            function(lib, *arguments)
+            # These two look at nothing but the pointer.
+            assert name in ("cusparseLtMatDescriptorDestroy",
+                            "cusparseLtMatmulAlgSelectionDestroy") and first, name
+        except cslt.CusparseLtError as error:
+            assert error.status == cslt.Status.INVALID_VALUE, error
+        except ValueError:
+            assert name == "cusparseLtDestroy" and not first
+print("done")
+"""
+
+
+def test_null_pointers_and_empty_structs_never_crash(real: cslt.Library) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", NULLS, real.path],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT / "bindings")),
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stdout[-200:] + finished.stderr[-600:]
+    assert finished.stdout.splitlines()[-1] == "done"

@@ -1,0 +1,187 @@
+"""The operators: schemas and fakes checked by torch, and whole models compiled without a break."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sdgp_cusparselt as sdgp
+from sdgp_cusparselt import ops
+from sdgp_cusparselt.backends.base import ConvGeometry
+from sdgp_cusparselt.packing.layout import PLAIN
+from sdgp_cusparselt.records import COMPILED, LayerRecord, record_of
+
+CONFIG = sdgp.SDGPConfig()
+SPARSE = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
+GEOMETRY = ops.flat_geometry(ConvGeometry((2, 2), (1, 1), (1, 1), 1))
+LAST = torch.channels_last
+RECORD = LayerRecord()
+
+
+def samples() -> dict[str, tuple]:
+    input = torch.randn(2, 8, 6, 6).to(memory_format=LAST)
+    weight, grad_output = torch.randn(16, 8, 3, 3), torch.randn(2, 16, 3, 3)
+    where = (CONFIG.text, RECORD.token)
+    return {
+        "prune": (torch.randn(6, 8), "magnitude", 2, 4, -1),
+        "prune none": (torch.randn(6, 8), "none", 2, 4, -1),
+        "pack": (torch.randn(32, 64).bfloat16(), "magnitude", False, PLAIN.to_json()),
+        "pack transposed": (torch.randn(40, 64).bfloat16(), "magnitude", True, PLAIN.to_json()),
+        "matmul": (
+            sdgp.packing.pack(torch.randn(30, 64).bfloat16(), layout=PLAIN).buffer,
+            torch.randn(64, 24).bfloat16(),
+            30,
+            PLAIN.to_json(),
+        ),
+        "linear_grad_input": (torch.randn(2, 3, 8), torch.randn(8, 12), *where),
+        "linear_grad_weight": (torch.randn(6, 8), torch.randn(6, 12), SPARSE.text, RECORD.token),
+        "conv2d_grad_input": (grad_output, weight, input, GEOMETRY, *where),
+        "conv2d_grad_weight": (
+            grad_output,
+            input,
+            weight.to(memory_format=LAST),
+            GEOMETRY,
+            SPARSE.text,
+            RECORD.token,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.sdgp, name.split()[0]), samples()[name])
+
+
+def test_an_operator_gives_what_dispatch_gives() -> None:
+    record = LayerRecord("here")
+    grad_output, weight = torch.randn(2, 3, 8), torch.randn(8, 12)
+    result = torch.ops.sdgp.linear_grad_input(grad_output, weight, CONFIG.text, record.token)
+    torch.testing.assert_close(result, sdgp.prune(grad_output) @ weight)
+    assert record.calls["grad_input", "dense"] == 1
+
+
+def test_records_do_not_share_a_token() -> None:
+    record = LayerRecord("here")
+    twin = copy.deepcopy(record)
+    assert twin.name == "here" and twin.token != record.token
+    assert record_of(record.token) is record
+    token = twin.token
+    del twin
+    assert record_of(token).name == "sdgp.functional"
+
+
+class Net(nn.Module):
+    """A convolution, a strided grouped one, and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding="same")
+        self.body = nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=2)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(torch.relu(self.stem(x)))
+        return self.mlp(x.flatten(2).transpose(1, 2)).square().mean()
+
+
+def steps(model: nn.Module, run: nn.Module, count: int = 3) -> list[Tensor]:
+    """Train run a few steps and return the parameters of model."""
+    torch.manual_seed(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(count):
+        optimizer.zero_grad()
+        run(torch.randn(2, 3, 8, 8)).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude"])
+@pytest.mark.parametrize("grad_weight", ["dense", "sparse"])
+def test_a_converted_model_compiles_without_breaks_or_recompiles(
+    method: str, grad_weight: str
+) -> None:
+    torch._dynamo.reset()
+    config = CONFIG.replace(prune=method, grad_weight=grad_weight, grad_weight_prune="magnitude")
+    before = COMPILED.calls["grad_input", "dense"]
+    model = Net()
+    sdgp.convert_(model, config)
+    eager = copy.deepcopy(model)
+    expected = steps(eager, eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        result = steps(model, compiled)
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert COMPILED.calls["grad_input", "dense"] == before + 3 * 3
+    assert not model.mlp[0].sdgp_record.calls
+
+
+def test_inductor_runs_a_converted_model() -> None:
+    torch._dynamo.reset()
+    model = Net()
+    sdgp.convert_(model)
+    eager = copy.deepcopy(model)
+    expected = steps(eager, eager, 2)
+    result = steps(model, torch.compile(model, fullgraph=True), 2)
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Block(nn.Module):
+    """One block of a model that is compiled block by block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+@pytest.mark.parametrize("telemetry_every, compilations", [(0, 1), (1, 4)])
+def test_blocks_compiled_one_by_one_share_their_code(
+    telemetry_every: int, compilations: int
+) -> None:
+    torch._dynamo.reset()
+    blocks = nn.ModuleList(Block() for _ in range(4))
+    sdgp.convert_(blocks, CONFIG.replace(telemetry_every=telemetry_every))
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    x = start = torch.randn(4, 16, requires_grad=True)
+    for block in blocks:
+        x = block(x)
+    x.sum().backward()
+    assert start.grad is not None
+    # The first block's input is a leaf, the others' is not: that much recompiling is torch's own.
+    assert counter.frame_count <= compilations + 1
+    calls = [block.linear.sdgp_record.calls["grad_input", "dense"] for block in blocks]
+    assert calls == [min(telemetry_every, 1)] * 4
+
+
+def test_switching_layers_off_is_seen_by_compiled_code() -> None:
+    torch._dynamo.reset()
+    layer = nn.Linear(16, 16)
+    sdgp.convert_(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 16, requires_grad=True)
+    grad_output = torch.randn(8, 16)
+    for enabled in (True, False, True):
+        sdgp.set_enabled_(layer, enabled)
+        x.grad = None
+        compiled(x).backward(grad_output)
+        g = sdgp.prune(grad_output) if enabled else grad_output
+        torch.testing.assert_close(x.grad, g @ layer.weight.detach())
+
+
+def test_double_backward_raises_through_compiled_layers_too() -> None:
+    torch._dynamo.reset()
+    layer = nn.Linear(8, 8)
+    sdgp.convert_(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
