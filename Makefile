@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/shellcheck docker/install.sh docker/slurm.sbatch
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
-# Real training on data inside packages, dense beside pruned; about two minutes on two cores.
+# Real training on data inside packages, dense beside pruned; under three minutes on two cores.
 demo: $(STAMP)
 	$(BIN)/python -m sdgp_cusparselt train digits --seeds 3 --epochs 5 \
 	  --methods dense,magnitude,rescaled_magnitude,random --out runs/demo/digits --overwrite
