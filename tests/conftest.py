@@ -1,9 +1,20 @@
 """Fixtures that every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none; fail it where SDGP_REQUIRE_GPU=1 promises one."""
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    reason = "torch sees no CUDA device"
+    if os.environ.get("SDGP_REQUIRE_GPU") == "1":
+        pytest.fail(f"SDGP_REQUIRE_GPU=1, but {reason}", pytrace=False)
+    pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

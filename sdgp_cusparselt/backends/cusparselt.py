@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends import convolution
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
+from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.backends.plans import (
@@ -15,14 +16,13 @@ from sdgp_cusparselt.backends.plans import (
     DENSE_MULTIPLE,
     STRUCTURED_MULTIPLE,
     PlanCache,
-    PlannedGemm,
     current_stream,
     dense_order,
     is_capturing,
     on_device,
 )
 from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.errors import SDGPError
+from sdgp_cusparselt.errors import NotSupportedError, SDGPError
 from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
 from sdgp_cusparselt.packing.pack import pack_gradient
 from sdgp_cusparselt.pruning import prune
@@ -78,7 +78,25 @@ class CusparseLtBackend(Backend):
         return Gemm(m, n, k, problem.dtype, problem.dense_order, problem.device)
 
     def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return every way of running gemm that cannot hang; see ``SparseExecutor``."""
+        """Return every way of running gemm that cannot hang; see ``SparseExecutor``.
+
+        Raises:
+            NotSupportedError: float16 on sm90 failed its self-test, which runs once per machine.
+        """
+        reasons = self.float16_reasons(gemm.device) if gemm.dtype == torch.float16 else []
+        if reasons:
+            raise NotSupportedError(reasons[0])
+        return self.offered(gemm)
+
+    def float16_reasons(self, device: torch.device) -> list[str]:
+        """Return why float16 is not used on ``device``; may run a self-test of some seconds."""
+        if self.machine.capability(device)[0] != 9:
+            return []
+        found = float16_fault(self.machine, device)
+        return [] if found is None else [f"float16 failed its self-test on this GPU: {found}"]
+
+    def offered(self, gemm: Gemm) -> list[Candidate]:
+        """Return what ``candidates`` does, without the self-test."""
         ids = range(self.plans.max_alg_id(gemm))
         major = self.machine.capability(gemm.device)[0]
         if major >= 10:
@@ -118,10 +136,10 @@ class CusparseLtBackend(Backend):
         Returns:
             uint8 buffer of values and metadata.
         """
-        planned = self.plans.get(gemm, candidate)
         layout = self.certificate(gemm, candidate).layout
         if layout is None:
-            return self._compress(_pruned(x, method, transpose, rows_per_sample), planned)
+            pruned = _pruned(x, method, transpose, rows_per_sample)
+            return self.compress(pruned, gemm, candidate)
         packed = pack_gradient(
             x,
             features=None if transpose else method,
@@ -183,8 +201,9 @@ class CusparseLtBackend(Backend):
         """Return a dense operand as it is where the library can read it, else a copy."""
         return _aligned(x) if dense_order(x) is None else x
 
-    def _compress(self, pruned: Tensor, planned: PlannedGemm) -> Tensor:
-        """Return pruned, which is 2:4, as the library itself packs it."""
+    def compress(self, pruned: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
+        """Return pruned [M, K], which is 2:4, as the library itself packs it for a plan."""
+        planned = self.plans.get(gemm, candidate)
         missing = planned.rows - pruned.shape[0]
         padded = torch.nn.functional.pad(pruned, (0, 0, 0, missing)) if missing else pruned
         padded = padded.contiguous()
