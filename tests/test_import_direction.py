@@ -29,6 +29,8 @@ ORDER = {
         "packing.reference",
         "packing.kernels",
         "packing.launch",
+        "packing.pack",
+        "packing.learn",
         "packing.certify",
         "packing.__init__",
         "backends.gemm",

@@ -1,5 +1,6 @@
 """The cuSPARSELt backend: products of a packed gradient on sparse tensor cores."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from sdgp_cusparselt.backends.plans import (
     PlannedGemm,
     current_stream,
     dense_order,
+    is_capturing,
     on_device,
 )
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.errors import SDGPError
-from sdgp_cusparselt.packing.layout import MetadataLayout
+from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
+from sdgp_cusparselt.packing.pack import pack_gradient
 from sdgp_cusparselt.pruning import prune
 
 #: Segment-K (split_k = -1) may hang on sm90 with fewer sparse rows than about 400.
@@ -45,6 +48,7 @@ class CusparseLtBackend(Backend):
         self.machine = Machine() if machine is None else machine
         self.plan_limit = plan_limit
         self._plans: PlanCache | None = None
+        self.certificates: dict[Hashable, Certificate] = {}
 
     @property
     def plans(self) -> PlanCache:
@@ -115,14 +119,40 @@ class CusparseLtBackend(Backend):
             uint8 buffer of values and metadata.
         """
         planned = self.plans.get(gemm, candidate)
-        layout = self.proven_layout(gemm, candidate)
+        layout = self.certificate(gemm, candidate).layout
         if layout is None:
             return self._compress(_pruned(x, method, transpose, rows_per_sample), planned)
-        raise SDGPError("pack: no layout is proven yet")
+        packed = pack_gradient(
+            x,
+            features=None if transpose else method,
+            tokens=method if transpose else None,
+            features_layout=layout,
+            tokens_layout=layout,
+            tokens_per_sample=rows_per_sample,
+        )
+        operand = packed.tokens if transpose else packed.features
+        if operand is None:
+            raise SDGPError("pack: the packing layer left out the operand that was asked for")
+        return operand.buffer
 
-    def proven_layout(self, gemm: Gemm, candidate: Candidate) -> MetadataLayout | None:
-        """Return the metadata order of a plan where it is proven on this device, else None."""
-        return None
+    def certificate(self, gemm: Gemm, candidate: Candidate) -> Certificate:
+        """Return whether our packing is proven to be the library's for a plan, and in what order.
+
+        The first call for a shape compares the two on the device; under graph capture, where that
+        cannot be done, the library's own Compress is used.
+        """
+        planned = self.plans.get(gemm, candidate)
+        key = (planned.rows, gemm.k, gemm.dtype, gemm.device, candidate.alg_id)
+        found = self.certificates.get(key)
+        if found is None:
+            if is_capturing(gemm.device):
+                return Certificate(None, "not proven before the graph was captured")
+            identity = {**self.machine.key(gemm.device), "alg_id": candidate.alg_id, "order": "row"}
+            with on_device(gemm.device):
+                compress = plan_compress(planned.plan)
+                arguments = (planned.rows, gemm.k, gemm.dtype, gemm.device, identity)
+                found = self.certificates[key] = certify(compress, *arguments)
+        return found
 
     def matmul(
         self,
