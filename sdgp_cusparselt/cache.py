@@ -220,7 +220,7 @@ def _replace(path: Path, document: Mapping[str, Any]) -> None:
     # As the lock is held, a partial file can only be what a killed process left behind.
     for leftover in path.parent.glob(f"{partial}*.partial"):
         leftover.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(".partial", partial, path.parent)
+    name = str(path); handle = os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_CREAT)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(document, file, indent=1, sort_keys=True)
