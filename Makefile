@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 
+# Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: install demo test test-abi test-slow lint bench gpu-check docs clean
 
 install: $(STAMP)

@@ -75,37 +75,6 @@ def locked(path: Path, timeout_s: float) -> Iterator[bool]:
         threads.release()
 
 
-def load(path: Path) -> dict[str, Any] | None:
-    """Return a file's JSON object, or None if there is none.
-
-    A file that is not a JSON object is set aside with a warning: what it held is made anew, and
-    the old bytes stay for whoever wants to look.
-    """
-    return _load(path, _fault_of_object)
-
-
-def store(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object so that a reader sees the old file or the new one, never a part.
-
-    Raises:
-        OSError: the folder cannot be written to, or the lock is not released in time.
-    """
-    with _writing(path):
-        _replace(path, content)
-
-
-def update(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Apply change to a file's object ({} if there is none) under its lock; return the result.
-
-    Raises:
-        OSError: as ``store``.
-    """
-    with _writing(path):
-        content = change(_load_locked(path, _fault_of_object) or {})
-        _replace(path, content)
-    return content
-
-
 @dataclass(frozen=True)
 class CacheFile:
     """One JSON file ``{**header, "entries": {key: value}}``.
@@ -124,85 +93,112 @@ class CacheFile:
         Raises:
             OSError: the file exists and cannot be opened.
         """
-        return self._entries(_load(self.path, self._fault))
+        entries, fault = self._parse()
+        if fault:
+            with locked(self._lock, WRITE_TIMEOUT_S):
+                # Read again: whoever held the lock may have replaced the file meanwhile.
+                entries, fault = self._parse()
+                if fault:
+                    _rename(self.path, fault)
+        return entries
 
     def merge(self, entries: Mapping[str, Any]) -> None:
         """Add or replace entries and keep the others.
 
         Raises:
-            OSError: as ``store``.
+            OSError: the folder cannot be written to, or the lock is not released in time.
         """
-        with _writing(self.path):
-            old = self._entries(_load_locked(self.path, self._fault))
+        with locked(self._lock, WRITE_TIMEOUT_S) as held:
+            if not held:
+                raise TimeoutError(f"{self._lock} is still held after {WRITE_TIMEOUT_S:.0f} s")
+            old, fault = self._parse()
+            if fault:
+                _rename(self.path, fault)
             _replace(self.path, {**self.header, "entries": {**old, **entries}})
 
     def set_aside(self, fault: str) -> None:
         """Rename the file, because an entry of it turned out to be unusable, and warn."""
-        with _writing(self.path):
-            _set_aside(self.path, fault)
+        with locked(self._lock, WRITE_TIMEOUT_S):
+            _rename(self.path, fault)
 
-    def _fault(self, document: object) -> str:
-        if not isinstance(document, dict) or not isinstance(document.get("entries"), dict):
-            return "it is corrupt (it has no entries)"
+    @property
+    def _lock(self) -> Path:
+        return _lock_of(self.path)
+
+    def _parse(self) -> tuple[dict[str, Any], str]:
+        """Return the entries, and what is wrong with the file or ""."""
+        document, fault = _parse_object(self.path)
+        if document is None:
+            return {}, fault
+        if not isinstance(document.get("entries"), dict):
+            return {}, "it is corrupt (it has no entries)"
         for key, value in self.header.items():
             if document.get(key) != value:
-                return f"it is foreign ({key} is {document.get(key)!r}, not {value!r})"
-        return ""
-
-    @staticmethod
-    def _entries(document: dict[str, Any] | None) -> dict[str, Any]:
-        entries: dict[str, Any] = document["entries"] if document else {}
-        return entries
+                return {}, f"it is foreign ({key} is {document.get(key)!r}, not {value!r})"
+        return document["entries"], ""
 
 
-Fault = Callable[[object], str]
+def load(path: Path) -> dict[str, Any] | None:
+    """Return a file's JSON object, or None if there is none or it had to be set aside.
+
+    Raises:
+        OSError: the file exists and cannot be opened.
+    """
+    document, fault = _parse_object(path)
+    if fault:
+        with locked(_lock_of(path), WRITE_TIMEOUT_S):
+            document, fault = _parse_object(path)
+            if fault:
+                _rename(path, fault)
+    return document
 
 
-def _fault_of_object(document: object) -> str:
-    if isinstance(document, dict):
-        return ""
-    return f"it is corrupt (a JSON object was expected, not {type(document).__name__})"
+def update(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Apply change to a file's object ({} if there is none) under its lock; return the result.
+
+    Raises:
+        OSError: the folder cannot be written to, or the lock is not released in time.
+    """
+    lock = _lock_of(path)
+    with locked(lock, WRITE_TIMEOUT_S) as held:
+        if not held:
+            raise TimeoutError(f"{lock} is still held after {WRITE_TIMEOUT_S:.0f} s")
+        document, fault = _parse_object(path)
+        if fault:
+            _rename(path, fault)
+        content = change(document or {})
+        _replace(path, content)
+    return content
 
 
-def _parse(path: Path, fault_of: Fault) -> tuple[dict[str, Any] | None, str]:
-    """Return the object of a file, None if there is no file, and what is wrong with it or ""."""
+def store(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file's object; a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: see ``update``.
+    """
+    update(path, lambda _: content)
+
+
+def _parse_object(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return the object in a file, and what is wrong with the file or ""."""
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None, ""
     except ValueError as error:  # of JSON and of UTF-8
         return None, f"it is corrupt ({error})"
-    fault = fault_of(document)
-    return (None if fault else document), fault
+    if not isinstance(document, dict):
+        return None, f"it is corrupt (it holds a {type(document).__name__})"
+    return document, ""
 
 
-def _load(path: Path, fault_of: Fault) -> dict[str, Any] | None:
-    document, fault = _parse(path, fault_of)
-    if fault:
-        # Read again under the lock: another process may have replaced the file meanwhile.
-        with _writing(path):
-            return _load_locked(path, fault_of)
-    return document
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
 
 
-def _load_locked(path: Path, fault_of: Fault) -> dict[str, Any] | None:
-    document, fault = _parse(path, fault_of)
-    if fault:
-        _set_aside(path, fault)
-    return document
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    lock = path.with_name(path.name + ".lock")
-    with locked(lock, WRITE_TIMEOUT_S) as held:
-        if not held:
-            raise TimeoutError(f"{lock} is still held after {WRITE_TIMEOUT_S:.0f} s")
-        yield
-
-
-def _set_aside(path: Path, fault: str) -> None:
-    aside = path.with_name(f"{path.name}.corrupt")
+def _rename(path: Path, fault: str) -> None:
+    aside = path.with_name(f"{path.name}.aside")
     try:
         os.replace(path, aside)
     except FileNotFoundError:
@@ -215,17 +211,17 @@ def _set_aside(path: Path, fault: str) -> None:
 
 
 def _replace(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a file whole; the caller holds its lock."""
     partial = f".{path.name}."
-    # As the lock is held, a partial file can only be what a killed process left behind.
+    # The lock is held, so a partial file can only be what a killed process left behind.
     for leftover in path.parent.glob(f"{partial}*.partial"):
         leftover.unlink(missing_ok=True)
-    name = str(path); handle = os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_CREAT)
+    handle, name = tempfile.mkstemp(".partial", partial, path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(document, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
-    finally:
+    except BaseException:
         Path(name).unlink(missing_ok=True)
+        raise

@@ -17,7 +17,7 @@ class SDGPFallbackWarning(UserWarning):
     """A layer runs on another backend than the one asked for; issued once per layer and reason."""
 
 
-class SDGPCacheWarning(RuntimeWarning):
+class SDGPCacheWarning(UserWarning):
     """A cache file was set aside or cannot be written; what it held is made anew when needed."""
 
 

@@ -171,7 +171,7 @@ def test_a_truncated_file_is_set_aside_and_rebuilt(cache: TuningCache, fraction:
     path.write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.warns(SDGPCacheWarning, match="is not used: it is corrupt.*renamed"):
         tuned(TuningCache(cache.folder))
-    assert path.with_name(path.name + ".corrupt").exists()
+    assert path.with_name(path.name + ".aside").exists()
     assert tuned(TuningCache(cache.folder), FakeExecutor("refuses")).calls["candidates"] == 0
 
 
