@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdgp_cusparselt import cache
+from sdgp_cusparselt.errors import SDGPCacheWarning
 from sdgp_cusparselt.packing import certify as certification
 from sdgp_cusparselt.packing import layout as layouts
 from sdgp_cusparselt.packing.certify import certify, plan_compress, prove
@@ -238,7 +239,7 @@ def test_proofs_are_listed_and_a_corrupt_one_is_learned_again(
     assert known["identity"]["library"] == "emulator" and known["proven"] == [[64, 64]]
     path = certification.proof_path(IDENTITY, 64, 64, BF16, tmp_path)
     path.write_text("{broken")
-    with pytest.warns(RuntimeWarning, match="corrupt"):
+    with pytest.warns(SDGPCacheWarning, match="corrupt"):
         again = certify(planner(64, 64), 64, 64, BF16, CPU, IDENTITY, folder=tmp_path)
     assert again.proven and again.probes > 0
     assert cache.load(path) is not None

@@ -76,6 +76,24 @@ def test_a_model_gives_the_products_that_dispatch_would_ask_for(
     assert [(d["m"], d["n"], d["k"], d["dense_order"]) for d in decisions] == [(24, 32, 48, "row")]
 
 
+def test_grad_weight_and_an_interruption(
+    emulator: Emulator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--model", "tests.tuning.test_command:tiny", "--batch", "40", "--shape", "16"]
+    arguments += ["--grad-weight", "mvue"]
+    assert main(["tune", *arguments, "--json", "-"]) == 0
+    decisions = json.loads(capsys.readouterr().out)["decisions"]
+    found = [(d["m"], d["n"], d["k"], d["method"]) for d in decisions if d["transpose"]]
+    assert found == [(32, 16, 32, "mvue"), (48, 32, 32, "mvue")]
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdgp_cusparselt.commands.tune.tune", interrupted)
+    assert main(["tune", *arguments]) == 130
+    assert "interrupted; 0 decisions are stored" in capsys.readouterr().err
+
+
 def test_transformers_conv1d_is_column_major(
     emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,7 @@ def test_old_memory_does_not_pass_for_a_result(
 
 @pytest.mark.parametrize("k", [16, 1024, 16384])
 def test_one_missing_group_shows_at_any_reduction_length(cache: TuningCache, k: int) -> None:
-    gemm = Gemm(16, 16, k, torch.bfloat16, "col", CPU)
+    gemm = Gemm(8, 8, k, torch.bfloat16, "col", CPU)
     decision = search(cache, FakeExecutor("last group", "good"), fixed(a1=1.0), gemm=gemm)
     assert [c.alg_id for c, _ in decision.rejected] == [0]
     assert decision.candidate == Candidate(1)

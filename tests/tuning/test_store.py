@@ -236,6 +236,15 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert len(caught) == 1, "said once"
 
 
+def test_a_file_system_without_locks(cache: TuningCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(self: object, timeout: float) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("sdgp_cusparselt.cache.FileLock.acquire", acquire)
+    with pytest.warns(SDGPCacheWarning, match="does not appear to support flock"):
+        tuned(cache)
+
+
 def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(tmp_path / "lock", 1.0):
         raise KeyError
