@@ -1,6 +1,6 @@
 """The operator contract: what torch.compile sees of this package, as schemas and shapes.
 
-Each operator is opaque to the compiler; inside, ``dispatch`` chooses a backend as it does in eager
+Each operator is opaque to the compiler; inside, ``products`` chooses a backend as it does in eager
 mode. A configuration travels as text and a layer's record as its token, because an operator takes
 only tensors, numbers and strings.
 """
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt import dispatch
+from sdgp_cusparselt import products
 from sdgp_cusparselt import pruning as _pruning
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.dispatch import record_of
+from sdgp_cusparselt.records import record_of
 
 # random and mvue draw from torch's generator, so the compiler must not merge or repeat calls.
 _TAGS = (torch.Tag.nondeterministic_seeded,)
@@ -39,7 +39,7 @@ def _(
 @torch.library.custom_op("sdgp::linear_grad_input", mutates_args=(), tags=_TAGS)
 def linear_grad_input(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output) @ weight: [..., K] @ [K, N] -> [..., N], contiguous."""
-    result = dispatch.linear_grad_input(
+    result = products.linear_grad_input(
         grad_output, weight, SDGPConfig.from_text(config), record_of(token)
     )
     return result.contiguous()
@@ -53,7 +53,7 @@ def _(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
 @torch.library.custom_op("sdgp::linear_grad_weight", mutates_args=(), tags=_TAGS)
 def linear_grad_weight(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
-    result = dispatch.linear_grad_weight(
+    result = products.linear_grad_weight(
         grad_output, input, SDGPConfig.from_text(config), record_of(token)
     )
     return result.contiguous()
@@ -74,7 +74,7 @@ def conv2d_grad_input(
     token: int,
 ) -> Tensor:
     """Return the transposed convolution of prune(grad_output); strides as input_like."""
-    result = dispatch.conv2d_grad_input(
+    result = products.conv2d_grad_input(
         grad_output,
         weight,
         input_like,
@@ -108,7 +108,7 @@ def conv2d_grad_weight(
     token: int,
 ) -> Tensor:
     """Return the weight gradient from pruned pixels; strides as weight."""
-    result = dispatch.conv2d_grad_weight(
+    result = products.conv2d_grad_weight(
         grad_output,
         input,
         weight,

@@ -9,9 +9,9 @@ from rich.table import Table
 from torch import nn
 
 from sdgp_cusparselt.backends.base import Product
-from sdgp_cusparselt.dispatch import LayerRecord
 from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.nn import SDGPModule
+from sdgp_cusparselt.records import LayerRecord
 
 _TEXTS = ("layer", "product", "ran on")
 _NUMBERS = (

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt import ops
 from sdgp_cusparselt.backends.base import ConvGeometry
-from sdgp_cusparselt.dispatch import COMPILED, LayerRecord
+from sdgp_cusparselt.records import COMPILED, LayerRecord, record_of
 
 CONFIG = sdgp.SDGPConfig()
 SPARSE = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
@@ -57,10 +57,10 @@ def test_records_do_not_share_a_token() -> None:
     record = LayerRecord("here")
     twin = copy.deepcopy(record)
     assert twin.name == "here" and twin.token != record.token
-    assert sdgp.dispatch.record_of(record.token) is record
+    assert record_of(record.token) is record
     token = twin.token
     del twin
-    assert sdgp.dispatch.record_of(token).name == "sdgp.functional"
+    assert record_of(token).name == "sdgp.functional"
 
 
 class Net(nn.Module):

@@ -179,6 +179,10 @@ class CusparseLtBackend(Backend):
             )
         return out[: gemm.m]
 
+    def operand(self, x: Tensor) -> Tensor:
+        """Return a dense operand as it is where the library can read it, else a copy."""
+        return _aligned(x) if dense_order(x) is None else x
+
     def _compress(self, pruned: Tensor, planned: PlannedGemm) -> Tensor:
         """Return pruned, which is 2:4, as the library itself packs it."""
         missing = planned.rows - pruned.shape[0]
@@ -247,7 +251,9 @@ class CusparseLtBackend(Backend):
         columns = convolution.weight_columns(weight)
         rows_per_sample = flat.shape[0] // grad_output.shape[0]
         result = self._grad_input(flat, columns, config, candidate, rows_per_sample)
-        return convolution.scatter_columns(result, grad_output, input_like, weight, conv)
+        return convolution.scatter_columns(
+            result, grad_output.shape, input_like.shape, weight.shape, conv
+        )
 
     def conv2d_grad_weight(
         self,
@@ -259,8 +265,7 @@ class CusparseLtBackend(Backend):
         candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the weight gradient of a 1x1 convolution; see ``Backend``."""
-        (step_y, step_x), (height, width) = conv.stride, grad_output.shape[2:]
-        read = input[:, :, ::step_y, ::step_x][:, :, :height, :width]
+        read = convolution.strided_input(input, grad_output, conv)
         flat, tokens = convolution.pixels(grad_output), convolution.pixels(read)
         return self.linear_grad_weight(flat, tokens, config, candidate).view(weight.shape)
 

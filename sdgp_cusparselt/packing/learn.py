@@ -82,7 +82,7 @@ def learn(
     place[row[position] * groups + group[position]] = position
     if int(place.min()) < 0:
         return Learned((), "two nibbles name the same group", probes)
-    padding = torch.unique(blank[~known])  # type: ignore[no-untyped-call]
+    padding = torch.unique(blank[~known])
     if padding.numel() > 1:
         return Learned((), f"padding holds several nibbles: {padding.tolist()}", probes)
     nibble = int(padding[0]) if padding.numel() else 0xE
