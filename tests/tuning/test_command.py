@@ -174,6 +174,24 @@ def test_what_a_run_asked_for_can_be_tuned(tmp_path: Path) -> None:
     ]
 
 
+def test_recorded_in_one_run_tuned_and_read_in_the_next(emulator: Emulator, tmp_path: Path) -> None:
+    def step(**kwargs: object) -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 48)).bfloat16()
+        sdgp.convert_(model, sdgp.SDGPConfig(tune="ahead", grad_weight="sparse", **kwargs))
+        input = torch.randn(3, 7, 16, dtype=torch.bfloat16, requires_grad=True)
+        model(input).float().square().sum().backward()
+        return model
+
+    with sdgp.record_shapes() as shapes, pytest.warns(sdgp.SDGPFallbackWarning) as caught:
+        step()
+    assert len(caught) == 4 and all("run sdgp tune" in str(w.message) for w in caught)
+    shapes.write(tmp_path / "shapes.json")
+    assert main(["tune", "--shapes", str(tmp_path / "shapes.json")]) == 0
+    store.default_cache().forget()
+    for entry in sdgp.telemetry(step(backend="cusparselt")).layers:
+        assert entry["calls"] == {"cusparselt": 1} and not entry["fallbacks"]
+
+
 def test_products_with_another_rival_are_left_out(
     emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

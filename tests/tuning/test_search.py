@@ -143,7 +143,7 @@ def test_the_median_ignores_a_stray_interrupt(cache: TuningCache) -> None:
     assert (decision.sparse_us, decision.dense_us) == (50.0, 100.0)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude", "random", "mvue"])
+@pytest.mark.parametrize("method", ["none", "magnitude", "rescaled_magnitude", "random", "mvue"])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("order", ["row", "col"])
 def test_every_method_and_direction_is_proven(
