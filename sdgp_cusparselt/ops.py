@@ -14,6 +14,10 @@ from sdgp_cusparselt import products
 from sdgp_cusparselt import pruning as _pruning
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.packing.layout import MetadataLayout
+from sdgp_cusparselt.packing.pack import matmul as _matmul
+from sdgp_cusparselt.packing.pack import pack as _pack
+from sdgp_cusparselt.packing.packed import Packed24, buffer_nbytes
 from sdgp_cusparselt.records import record_of
 
 # random and mvue draw from torch's generator, so the compiler must not merge or repeat calls.
@@ -34,6 +38,46 @@ def _(
     x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: Sequence[int] | None = None
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("sdgp::pack", mutates_args=(), tags=_TAGS)
+def pack(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
+    """Return the buffer of ``sdgp.pack(x)``: values and metadata, uint8.
+
+    Args:
+        x: [M, K] of a packed dtype.
+        method: how to prune 2:4.
+        transpose: pack x.T along tokens.
+        layout: ``MetadataLayout.to_json()``.
+    """
+    order = MetadataLayout.from_json(layout)
+    return _pack(x, method=method, transpose=transpose, layout=order).buffer
+
+
+@pack.register_fake
+def _(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
+    rows, cols = x.shape[::-1] if transpose else x.shape
+    size = buffer_nbytes((rows, cols), x.dtype, MetadataLayout.from_json(layout))
+    return x.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.custom_op("sdgp::matmul", mutates_args=())
+def matmul(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
+    """Return packed @ dense: [rows, K] @ [K, N] -> [rows, N].
+
+    Args:
+        packed: uint8 buffer of a [rows, K] operand.
+        dense: [K, N].
+        rows: of the operand, before padding.
+        layout: ``MetadataLayout.to_json()`` of the buffer.
+    """
+    shape, order = (rows, dense.shape[0]), MetadataLayout.from_json(layout)
+    return _matmul(Packed24(packed, shape, dense.dtype, order), dense)
+
+
+@matmul.register_fake
+def _(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
+    return dense.new_empty((rows, dense.shape[1]))
 
 
 @torch.library.custom_op("sdgp::linear_grad_input", mutates_args=(), tags=_TAGS)

@@ -27,6 +27,7 @@ ORDER = {
         "packing.packed",
         "packing.sampling",
         "packing.reference",
+        "packing.selection",
         "packing.kernels",
         "packing.launch",
         "packing.pack",

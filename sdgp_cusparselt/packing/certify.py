@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdgp_cusparselt import cache
 from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.packing.launch import KERNEL_DTYPES
 from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.learn import Compress, learn
 from sdgp_cusparselt.packing.pack import pack_gradient
@@ -103,6 +104,8 @@ def certify(
     if padded_shape(rows, cols, dtype) != (rows, cols):
         rule = f"the padded shape {padded_shape(rows, cols, dtype)}"
         raise value_error("certify", "rows, cols", rule, (rows, cols), "Use padded_shape.")
+    if dtype not in KERNEL_DTYPES:
+        return Certificate(None, f"{dtype} operands are compressed by the library")
     path = proof_path(identity, rows, cols, dtype, folder)
     known = cache.load(path) or {}
     shape = [rows, cols]

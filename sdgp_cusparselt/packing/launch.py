@@ -173,8 +173,8 @@ def launch_pack(
         *transposed.sizes,
         spare if sums is None else sums,
         col_blocks,
-        METHOD=_method_code(module, features),
-        METHOD_T=_method_code(module, tokens),
+        METHOD=_method_code(features),
+        METHOD_T=_method_code(tokens),
         RATIO=ratio_kind,
         FEATURES=features is not None,
         TOKENS=tokens is not None,
@@ -322,13 +322,15 @@ def _ratio_kind(
     return kind.value, (strides[0], strides[1])
 
 
-def _method_code(module: ModuleType, direction: Direction | None) -> int:
+def _method_code(direction: Direction | None) -> int:
+    from sdgp_cusparselt.packing import selection
+
     codes = {
-        "none": module.MAGNITUDE,
-        "magnitude": module.MAGNITUDE,
-        "random": module.RANDOM,
-        "mvue": module.MVUE,
-        "rescaled_magnitude": module.RESCALED,
+        "none": selection.MAGNITUDE,
+        "magnitude": selection.MAGNITUDE,
+        "random": selection.RANDOM,
+        "mvue": selection.MVUE,
+        "rescaled_magnitude": selection.RESCALED,
     }
     code: int = codes["none" if direction is None else direction.method].value
     return code

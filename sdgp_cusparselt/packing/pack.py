@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.arrays import like, to_tensor
 from sdgp_cusparselt.errors import NotSupportedError, type_error, value_error
 from sdgp_cusparselt.packing import launch
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout, padded_shape
@@ -35,7 +37,7 @@ class PackedGradient:
 
 
 def pack(
-    x: Tensor,
+    x: Any,
     *,
     method: str = "magnitude",
     transpose: bool = False,
@@ -49,7 +51,8 @@ def pack(
 
     Args:
         x: [M, K] float16|bfloat16, any device; int8|float8 in the reference, for none, magnitude
-            and random. K is a multiple of 4 unless transpose, where M may be anything.
+            and random. A tensor, or an array that shares its memory through DLPack (NumPy,
+            CuPy). K is a multiple of 4 unless transpose, where M may be anything.
         method: none (x is 2:4 already), random, magnitude, rescaled_magnitude or mvue.
         transpose: pack x.T along tokens, from the same row-major x.
         backend: "triton", "reference" (plain torch), or "auto": the kernel on a GPU where it can
@@ -72,7 +75,7 @@ def pack(
         the kernel keeps its two largest, because a check would wait for the GPU.
     """
     packed = pack_gradient(
-        x,
+        to_tensor(x, "pack", "x"),
         features=None if transpose else method,
         tokens=method if transpose else None,
         features_layout=layout,
@@ -144,18 +147,18 @@ def pack_gradient(
     return PackedGradient(found.get(False), found.get(True), sums)
 
 
-def matmul(packed: Packed24, dense: Tensor, *, backend: str = "auto") -> Tensor:
+def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
     """Multiply a packed operand with a dense matrix.
 
     out = packed.unpack() @ dense
 
     Args:
         packed: [M, K].
-        dense: [K, N] of packed's dtype, on its device.
+        dense: [K, N] of packed's dtype, on its device; a tensor or a DLPack array.
         backend: "auto" or "dense"; both unpack and multiply.
 
     Returns:
-        Tensor: [M, N] of packed's dtype.
+        [M, N] of packed's dtype, the same kind of array as dense.
 
     Raises:
         ValueError: shapes that do not match, or an unknown backend.
@@ -163,12 +166,13 @@ def matmul(packed: Packed24, dense: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if backend not in ("auto", "dense"):
         raise value_error("matmul", "backend", "'auto' or 'dense'", repr(backend), "Pick one.")
-    if dense.ndim != 2 or dense.shape[0] != packed.shape[1]:
+    right = to_tensor(dense, "matmul", "dense")
+    if right.ndim != 2 or right.shape[0] != packed.shape[1]:
         rule = f"[{packed.shape[1]}, N]"
-        raise value_error("matmul", "dense", rule, list(dense.shape), "Transpose or reshape it.")
-    if dense.dtype != packed.dtype:
-        raise type_error("matmul", "dense", f"of {packed.dtype}", dense.dtype, "Cast it first.")
-    return packed.unpack() @ dense
+        raise value_error("matmul", "dense", rule, list(right.shape), "Transpose or reshape it.")
+    if right.dtype != packed.dtype:
+        raise type_error("matmul", "dense", f"of {packed.dtype}", right.dtype, "Cast it first.")
+    return like(dense, packed.unpack() @ right)
 
 
 def draw_seeds(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

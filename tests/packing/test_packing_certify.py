@@ -245,6 +245,11 @@ def test_proofs_are_listed_and_a_corrupt_one_is_learned_again(
     assert cache.load(path) is not None
 
 
+def test_eight_bit_operands_are_left_to_the_library(tmp_path: Path) -> None:
+    certificate = certify(lambda x: x, 64, 64, torch.int8, CPU, IDENTITY, folder=tmp_path)
+    assert not certificate.proven and "by the library" in certificate.reason
+
+
 def test_an_unpadded_shape_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="padded shape"):
         certify(lambda x: x, 60, 64, BF16, CPU, IDENTITY, folder=tmp_path)
