@@ -188,8 +188,10 @@ def test_recorded_in_one_run_tuned_and_read_in_the_next(emulator: Emulator, tmp_
     shapes.write(tmp_path / "shapes.json")
     assert main(["tune", "--shapes", str(tmp_path / "shapes.json")]) == 0
     store.default_cache().forget()
-    for entry in sdgp.telemetry(step(backend="cusparselt")).layers:
+    for entry in sdgp.telemetry(step(backend="cusparselt", telemetry_every=1)).layers:
         assert entry["calls"] == {"cusparselt": 1} and not entry["fallbacks"]
+        assert set(entry["median_us"]) == {"pack", "matmul", "total"}
+        assert 0 < entry["gradient_error"]["relative_l2"] < 1
 
 
 def test_products_with_another_rival_are_left_out(
