@@ -72,7 +72,8 @@ def matmul(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
         layout: ``MetadataLayout.to_json()`` of the buffer.
     """
     shape, order = (rows, dense.shape[0]), MetadataLayout.from_json(layout)
-    return _matmul(Packed24(packed, shape, dense.dtype, order), dense)
+    product: Tensor = _matmul(Packed24(packed, shape, dense.dtype, order), dense)
+    return product
 
 
 @matmul.register_fake

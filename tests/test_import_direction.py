@@ -44,7 +44,7 @@ ORDER = {
         "tuning",
         "checking records",
         "dispatch",
-        "products",
+        "products operands",
         "ops",
         "functional",
         "nn",

@@ -11,6 +11,7 @@ import torch
 
 from sdgp_cusparselt import cache
 from sdgp_cusparselt.arrays import like, same_kind, to_tensor
+from sdgp_cusparselt.errors import SDGPCacheWarning
 from sdgp_cusparselt.packing.pack import matmul, pack
 from sdgp_cusparselt.pruning import prune
 
@@ -70,9 +71,9 @@ def test_cache_round_trip_and_corruption(tmp_path: Path) -> None:
     assert cache.load(path) == {"a": [1, 2]}
     for broken in ("{", "[1]", ""):
         path.write_text(broken)
-        with pytest.warns(RuntimeWarning, match="corrupt"):
+        with pytest.warns(SDGPCacheWarning, match="corrupt"):
             assert cache.load(path) is None
-        assert not path.exists() and path.with_name("facts.json.corrupt").read_text() == broken
+        assert not path.exists() and path.with_name("facts.json.aside").read_text() == broken
 
 
 def test_cache_updates_from_many_threads_all_count(tmp_path: Path) -> None:

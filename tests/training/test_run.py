@@ -120,7 +120,7 @@ def test_dense_equals_a_plain_loop(text_task: Task) -> None:
         indices = trainer._batch_indices()
         for group in optimizer.param_groups:
             rising = 1e-4 + (1 - 1e-4) * step / 0.9
-            group["lr"] = 3e-3 * (rising if step < 0.9 else (9 - step) / 8.1)
+            group["lr"] = 6e-3 * (rising if step < 0.9 else (9 - step) / 8.1)
         logits = reference(data.train.inputs[indices].long())
         loss = F.cross_entropy(logits.view(-1, 256), data.train.targets[indices].view(-1).long())
         optimizer.zero_grad()
