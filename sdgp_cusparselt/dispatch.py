@@ -110,7 +110,8 @@ def run(problem: Problem, record: LayerRecord, ways: Ways) -> Tensor:
 
 def _computed(route: Route, ways: Ways) -> Tensor:
     if route.backend is None:
-        return ways.unpruned()
+        with span("dense", ways.grad_output.device):
+            return ways.unpruned()
     return ways.pruned(route.backend, route.candidate)
 
 

@@ -26,6 +26,7 @@ from sdgp_cusparselt.errors import NotSupportedError, SDGPError
 from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
 from sdgp_cusparselt.packing.pack import pack_gradient
 from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.spans import span
 
 #: Segment-K (split_k = -1) may hang on sm90 with fewer sparse rows than about 400.
 SEGMENT_K_ROWS = 1024
@@ -248,8 +249,10 @@ class CusparseLtBackend(Backend):
         method, head = config.grad_weight_prune, grad_output[:body]
         if (config.n, config.m) != (2, 4):
             head, method = prune(head, method=method, n=config.n, m=config.m, dim=0), "none"
-        packed = self.pack(head, gemm, candidate, method=method, transpose=True)
-        grad_weight = self.matmul(packed, input[:body], gemm, candidate)
+        with span("pack", gemm.device):
+            packed = self.pack(head, gemm, candidate, method=method, transpose=True)
+        with span("matmul", gemm.device):
+            grad_weight = self.matmul(packed, input[:body], gemm, candidate)
         if body == tokens:
             return grad_weight
         pattern: dict[str, Any] = {"n": config.n, "m": config.m, "dim": 0}
@@ -306,8 +309,12 @@ class CusparseLtBackend(Backend):
         if (config.n, config.m) != (2, 4):
             flat = _pruned(flat, method, False, rows_per_sample, config.n, config.m)
             method = "none"
-        packed = self.pack(flat, gemm, candidate, method=method, rows_per_sample=rows_per_sample)
-        return self.matmul(packed, dense, gemm, candidate)
+        with span("pack", gemm.device):
+            packed = self.pack(
+                flat, gemm, candidate, method=method, rows_per_sample=rows_per_sample
+            )
+        with span("matmul", gemm.device):
+            return self.matmul(packed, dense, gemm, candidate)
 
     def _first(self, gemm: Gemm) -> Candidate:
         return self.candidates(gemm)[0]

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -15,15 +16,18 @@ from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
 from sdgp_cusparselt.config import METHODS
+from sdgp_cusparselt.convert import is_head
 from sdgp_cusparselt.nn import SDGPConv1D, sdgp_class_of
-from sdgp_cusparselt.planner.gemms import trace_step
+from sdgp_cusparselt.planner.gemms import DENSE_MULTIPLE, SPARSE_MULTIPLE, trace_step
+from sdgp_cusparselt.planner.gemms import Gemm as TracedGemm
 from sdgp_cusparselt.planner.models import PRESETS, load
 from sdgp_cusparselt.tuning import Decision, default_cache, tune
 from sdgp_cusparselt.tuning.decision import MATMUL, Key, describe_candidate
 from sdgp_cusparselt.tuning.shapes import read_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CANNOT = 2
+CANNOT, INTERRUPTED = 2, 130
+FOLDED = "convolutions that race against cuDNN are tuned on first use"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="with --model")
     parser.add_argument("--prune", choices=METHODS[1:], default="magnitude", help="with --model")
+    parser.add_argument(
+        "--grad-weight",
+        choices=METHODS[1:],
+        metavar="METHOD",
+        help="also the grad_weight of linear layers, pruned along tokens (with --model)",
+    )
     parser.add_argument("--device", default=None, metavar="DEVICE", help="cuda (default) or cuda:1")
     parser.add_argument("--force", action="store_true", help="tune also what the cache has")
     parser.add_argument("--json", metavar="PATH", help="write the decisions as JSON; - for stdout")
@@ -77,7 +87,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"sdgp tune: {count} products left out: {reason}", file=sys.stderr)
     if not keys:
         return _cannot("no product to tune")
-    decisions = _tune(keys, backend, force=args.force)
+    decisions: list[Decision] = []
+    try:
+        _tune(keys, backend, decisions, force=args.force)
+    except KeyboardInterrupt:
+        print(f"sdgp tune: interrupted; {len(decisions)} decisions are stored", file=sys.stderr)
+        return INTERRUPTED
     if args.json:
         document = {
             "machine": backend.machine_key(device),
@@ -101,7 +116,7 @@ def _products(args: argparse.Namespace, device: torch.device) -> tuple[list[Key]
     """Return what to tune, and what not with the reason."""
     keys = read_shapes(args.shapes, device) if args.shapes else []
     rivals = [key for key in keys if key.rival != MATMUL.name]
-    skipped = {"convolutions that race against cuDNN are tuned on first use": len(rivals)}
+    skipped = {FOLDED: len(rivals)}
     keys = [key for key in keys if key.rival == MATMUL.name]
     if args.model:
         keys, skipped = _of_model(args, device)
@@ -121,24 +136,33 @@ def _of_model(args: argparse.Namespace, device: torch.device) -> tuple[list[Key]
     keys: dict[Key, None] = {}
     folded = 0
     for product in trace_step(problem.model, problem.inputs).gemms:
-        if not product.prunable:
-            continue
-        if product.fold_elements:
+        layer = sdgp_class_of(problem.model.get_submodule(product.fqn))
+        if product.prunable and product.fold_elements:
             folded += 1
-            continue
-        kind = sdgp_class_of(problem.model.get_submodule(product.fqn))
-        order = "col" if kind is SDGPConv1D else "row"
-        gemm = Gemm(product.m, product.n, product.k, dtype, order, device)  # type: ignore[arg-type]
-        keys[Key(gemm, args.prune, False, MATMUL.name)] = None
-    return list(keys), {"convolutions that race against cuDNN are tuned on first use": folded}
+        elif product.prunable:
+            order: Literal["row", "col"] = "col" if layer is SDGPConv1D else "row"
+            gemm = Gemm(product.m, product.n, product.k, dtype, order, device)
+            keys[Key(gemm, args.prune, False, MATMUL.name)] = None
+        elif args.grad_weight and layer and _has_sparse_grad_weight(product):
+            reduced = product.k - product.k % SPARSE_MULTIPLE
+            gemm = Gemm(product.m, product.n, reduced, dtype, "row", device)
+            keys[Key(gemm, args.grad_weight, True, MATMUL.name)] = None
+    return list(keys), {FOLDED: folded}
 
 
-def _tune(keys: Sequence[Key], backend: CusparseLtBackend, *, force: bool) -> list[Decision]:
+def _has_sparse_grad_weight(product: TracedGemm) -> bool:
+    fits = not product.m % SPARSE_MULTIPLE and not product.n % DENSE_MULTIPLE
+    linear = product.kind == "linear" and product.role == "grad_weight"
+    return linear and fits and product.k >= SPARSE_MULTIPLE and not is_head(product.fqn)
+
+
+def _tune(
+    keys: Sequence[Key], backend: CusparseLtBackend, decisions: list[Decision], *, force: bool
+) -> None:
     """Tune one product after the other under a progress bar; the cache keeps each at once."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     hidden = not sys.stderr.isatty()
-    decisions = []
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden) as bar:
         task = bar.add_task("tune", total=len(keys))
         for key in keys:
@@ -157,7 +181,6 @@ def _tune(keys: Sequence[Key], backend: CusparseLtBackend, *, force: bool) -> li
             )
             decisions.append(decision)
             bar.advance(task)
-    return decisions
 
 
 def _print(decisions: Sequence[Decision]) -> None:

@@ -10,6 +10,7 @@ from pycusparselt.errors import CusparseLtError
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
+from sdgp_cusparselt.pruning import prune
 from sdgp_cusparselt.spans import generators_kept
 from sdgp_cusparselt.tuning.decision import (
     MATMUL,
@@ -279,6 +280,9 @@ class _Search:
 
     def _pack_now(self, candidate: Candidate, x: Tensor) -> Tensor:
         gemm, method, transpose, _ = self.key
+        if method == "none":
+            # Whoever packs an operand as it is has pruned it just before, and that takes time too.
+            x = prune(x, dim=0 if transpose else -1)
         return self.executor.pack(x, gemm, candidate, method=method, transpose=transpose)
 
     def _product(

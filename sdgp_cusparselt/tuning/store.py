@@ -5,7 +5,7 @@ import json
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from sdgp_cusparselt.errors import SDGPCacheWarning
 from sdgp_cusparselt.tuning.decision import Decision, Key
 
 FORMAT = 1
+#: What a folder raises that cannot be written to, or whose file system knows no locks.
+LOCK_FAILURES = (OSError, NotImplementedError)
 #: Seconds that a process waits for another one that tunes; longer than any shape takes.
 TURN_TIMEOUT_S = 120.0
 
@@ -75,7 +77,7 @@ class TuningCache:
         file = self.file(executor, decision.gemm.device)
         try:
             file.merge({decision.key.text(): decision.as_dict()})
-        except OSError as error:
+        except LOCK_FAILURES as error:
             self._warn_unwritable(error)
 
     def decisions(self, executor: SparseExecutor, device: torch.device) -> list[Decision]:
@@ -99,15 +101,12 @@ class TuningCache:
         """
         path = self.file(executor, device).path.with_suffix(".turn.lock")
         timeout_s = 0.0 if self._gave_up else self.timeout_s
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        except OSError as error:
-            self._warn_unwritable(error)
-            with self._unshared:
-                yield True
-            return
-        with locked(path, timeout_s) as held:
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(locked(path, timeout_s))
+            except LOCK_FAILURES as error:
+                self._warn_unwritable(error)
+                held = stack.enter_context(self._unshared)
             self._gave_up = not held
             yield held
 
@@ -124,7 +123,7 @@ class TuningCache:
             self._entries[file.path] = known
         return known[1]
 
-    def _warn_unwritable(self, error: OSError) -> None:
+    def _warn_unwritable(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(

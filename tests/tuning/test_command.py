@@ -76,6 +76,24 @@ def test_a_model_gives_the_products_that_dispatch_would_ask_for(
     assert [(d["m"], d["n"], d["k"], d["dense_order"]) for d in decisions] == [(24, 32, 48, "row")]
 
 
+def test_grad_weight_and_an_interruption(
+    emulator: Emulator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--model", "tests.tuning.test_command:tiny", "--batch", "40", "--shape", "16"]
+    arguments += ["--grad-weight", "mvue"]
+    assert main(["tune", *arguments, "--json", "-"]) == 0
+    decisions = json.loads(capsys.readouterr().out)["decisions"]
+    found = [(d["m"], d["n"], d["k"], d["method"]) for d in decisions if d["transpose"]]
+    assert found == [(32, 16, 32, "mvue"), (48, 32, 32, "mvue")]
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdgp_cusparselt.commands.tune.tune", interrupted)
+    assert main(["tune", *arguments]) == 130
+    assert "interrupted; 0 decisions are stored" in capsys.readouterr().err
+
+
 def test_transformers_conv1d_is_column_major(
     emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +172,26 @@ def test_what_a_run_asked_for_can_be_tuned(tmp_path: Path) -> None:
         (second, "mvue", True, "mm"),
         (first, "magnitude", False, "mm"),
     ]
+
+
+def test_recorded_in_one_run_tuned_and_read_in_the_next(emulator: Emulator, tmp_path: Path) -> None:
+    def step(**kwargs: object) -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 48)).bfloat16()
+        sdgp.convert_(model, sdgp.SDGPConfig(tune="ahead", grad_weight="sparse", **kwargs))
+        input = torch.randn(3, 7, 16, dtype=torch.bfloat16, requires_grad=True)
+        model(input).float().square().sum().backward()
+        return model
+
+    with sdgp.record_shapes() as shapes, pytest.warns(sdgp.SDGPFallbackWarning) as caught:
+        step()
+    assert len(caught) == 4 and all("run sdgp tune" in str(w.message) for w in caught)
+    shapes.write(tmp_path / "shapes.json")
+    assert main(["tune", "--shapes", str(tmp_path / "shapes.json")]) == 0
+    store.default_cache().forget()
+    for entry in sdgp.telemetry(step(backend="cusparselt", telemetry_every=1)).layers:
+        assert entry["calls"] == {"cusparselt": 1} and not entry["fallbacks"]
+        assert set(entry["median_us"]) == {"pack", "matmul", "total"}
+        assert 0 < entry["gradient_error"]["relative_l2"] < 1
 
 
 def test_products_with_another_rival_are_left_out(

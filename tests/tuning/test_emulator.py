@@ -49,7 +49,9 @@ def backend(emulator: Emulator) -> Iterator[CusparseLtBackend]:
 
 
 @pytest.mark.parametrize("order", ["row", "col"])
-@pytest.mark.parametrize("method, transpose", [("magnitude", False), ("mvue", True)])
+@pytest.mark.parametrize(
+    "method, transpose", [("magnitude", False), ("mvue", True), ("none", True)]
+)
 def test_none_of_the_bad_algorithms_is_chosen_and_each_is_named(
     backend: CusparseLtBackend,
     emulator: Emulator,

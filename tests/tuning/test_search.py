@@ -45,9 +45,31 @@ def test_a_bad_algorithm_is_never_chosen_and_is_named(
     assert candidate == Candidate(0) and reason.startswith(WRONG[kind])
 
 
+def test_old_memory_does_not_pass_for_a_result(
+    cache: TuningCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An algorithm that writes nothing returns what the allocator had there: another's result."""
+    freed = torch.zeros(32, 24, dtype=torch.bfloat16)
+    fill = torch.full
+
+    def full(size, value, **kwargs):
+        freed.fill_(value)
+        return fill(size, value, **kwargs)
+
+    class Reusing(FakeExecutor):
+        def matmul(self, packed, dense, gemm, candidate):
+            if self.kinds[candidate.alg_id] == "writes nothing":
+                return freed
+            return freed.copy_(super().matmul(packed, dense, gemm, candidate)).clone()
+
+    monkeypatch.setattr(torch, "full", full)
+    decision = search(cache, Reusing("good", "writes nothing"), fixed(a0=50.0, a1=1.0))
+    assert decision.candidate == Candidate(0) and len(decision.rejected) == 1
+
+
 @pytest.mark.parametrize("k", [16, 1024, 16384])
 def test_one_missing_group_shows_at_any_reduction_length(cache: TuningCache, k: int) -> None:
-    gemm = Gemm(16, 16, k, torch.bfloat16, "col", CPU)
+    gemm = Gemm(8, 8, k, torch.bfloat16, "col", CPU)
     decision = search(cache, FakeExecutor("last group", "good"), fixed(a1=1.0), gemm=gemm)
     assert [c.alg_id for c, _ in decision.rejected] == [0]
     assert decision.candidate == Candidate(1)
@@ -121,7 +143,7 @@ def test_the_median_ignores_a_stray_interrupt(cache: TuningCache) -> None:
     assert (decision.sparse_us, decision.dense_us) == (50.0, 100.0)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude", "random", "mvue"])
+@pytest.mark.parametrize("method", ["none", "magnitude", "rescaled_magnitude", "random", "mvue"])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("order", ["row", "col"])
 def test_every_method_and_direction_is_proven(

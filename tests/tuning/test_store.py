@@ -41,6 +41,25 @@ for number in range(10**9):
     file.merge({str(number % 50): "x" * 20_000})
 """
 
+DIE_WHILE_WRITING = """
+import json, os, signal, sys
+from pathlib import Path
+from sdgp_cusparselt.cache import CacheFile
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+dump = json.dumps
+def half(document, file, **kwargs):
+    text = dump(document)
+    file.write(text[: len(text) // 2])
+    file.flush()
+    die()
+if sys.argv[2] == "in the middle":
+    json.dump = half
+else:
+    os.replace = lambda *paths: die()
+file = CacheFile(Path(sys.argv[1]), {"kind": "test", "machine": {"device": "a GPU"}})
+file.merge({"new": 1})
+"""
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -116,21 +135,32 @@ def test_a_stuck_tuner_does_not_hang_the_others(tmp_path: Path) -> None:
     assert tune(GEMM, executor, cache=cache, timer=fixed(a0=1.0)).use == "sparse"
 
 
-def test_a_kill_in_the_middle_of_a_write_corrupts_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["in the middle", "before the rename"])
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, when: str) -> None:
     file = CacheFile(tmp_path / "file.json", HEADER)
-    for delay in (0.0, 0.029):
-        writer = start(WRITE_FOR_EVER, file.path)
-        assert writer.stdout.readline() == "ready\n"
-        while not file.path.exists():
-            time.sleep(0.001)
-        time.sleep(delay)
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
+    file.merge({"old": 1})
+    writer = start(DIE_WHILE_WRITING, file.path, when)
+    writer.communicate(timeout=60)
+    assert writer.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob(".*.partial")), "it died with a partial file"
+    assert file.read() == {"old": 1}
+    file.merge({"after": 1})
+    assert file.read() == {"old": 1, "after": 1}
+    assert not list(tmp_path.glob(".*.partial")), "leftovers of killed writers are removed"
+
+
+def test_a_kill_at_any_time_corrupts_nothing(tmp_path: Path) -> None:
+    file = CacheFile(tmp_path / "file.json", HEADER)
+    writer = start(WRITE_FOR_EVER, file.path)
+    assert writer.stdout.readline() == "ready\n"
+    while not file.path.exists():
+        time.sleep(0.001)
+    for _ in range(50):
         entries = file.read()
         assert entries and all(value == "x" * 20_000 for value in entries.values())
-    file.merge({"after": 1})
-    assert file.read()["after"] == 1
-    assert not list(tmp_path.glob(".*.partial")), "leftovers of killed writers are removed"
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    assert file.read()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.99])
@@ -204,6 +234,15 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.warns(SDGPCacheWarning, match="set SDGP_CACHE_DIR") as caught:
         tuned(cache)
     assert len(caught) == 1, "said once"
+
+
+def test_a_file_system_without_locks(cache: TuningCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(self: object, timeout: float) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("sdgp_cusparselt.cache.FileLock.acquire", acquire)
+    with pytest.warns(SDGPCacheWarning, match="does not appear to support flock"):
+        tuned(cache)
 
 
 def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
