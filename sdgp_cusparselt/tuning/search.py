@@ -10,6 +10,7 @@ from pycusparselt.errors import CusparseLtError
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
+from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.pruning import prune
 from sdgp_cusparselt.spans import generators_kept
 from sdgp_cusparselt.tuning.decision import (
@@ -41,7 +42,7 @@ SCREENING_ROUNDS, FINAL_ROUNDS = 5, 20
 #: How many of the fastest products race with their pack, which may differ where plans do.
 FINALISTS = 3
 #: What a library call may raise without being a programming error.
-REFUSALS = (CusparseLtError, torch.OutOfMemoryError)
+REFUSALS = (CusparseLtError, NotSupportedError, torch.OutOfMemoryError)
 
 
 def tune(
