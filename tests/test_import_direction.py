@@ -19,7 +19,7 @@ ORDER = {
         "__init__",
     ],
     "sdgp_cusparselt": [
-        "errors cache arrays versions equivalence spans",
+        "errors cache arrays versions equivalence spans cpu",
         "config",
         "pruning",
         "packing.layout",
