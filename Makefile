@@ -41,6 +41,7 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/figures.py
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/accuracy.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Training to stated accuracy, fresh environments: minutes each.
