@@ -13,7 +13,7 @@ from torch import nn
 
 import sdgp_cusparselt as sdgp
 
-ROUNDS = 15
+ROUNDS, CALLS = 7, 3
 
 
 def interleaved(
@@ -21,16 +21,21 @@ def interleaved(
 ) -> tuple[float, float, float]:
     """Return median seconds of both and the median of second / first, round by round.
 
-    What slows a whole round down, such as another program, leaves its ratio alone.
+    Seconds are CPU time of one thread: another program on the machine does not count. A round
+    measures each in a steady state of its own: one call untimed, because what the other one freed
+    costs the next call page faults, then some timed.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     times: tuple[list[float], list[float]] = ([], [])
-    for function in (first, second) * 2:
-        function()
     for _ in range(rounds):
         for function, into in zip((first, second), times, strict=True):
-            start = time.perf_counter()
             function()
-            into.append(time.perf_counter() - start)
+            start = time.process_time()
+            for _ in range(CALLS):
+                function()
+            into.append((time.process_time() - start) / CALLS)
+    torch.set_num_threads(threads)
     ratios = [b / a for a, b in zip(*times, strict=True)]
     return statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios)
 
