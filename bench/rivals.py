@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.operands import UnavailableError, executor
-from bench.verify import check_pruned
+from bench.verify import check_pruned as check_pruned
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.plans import PlannedGemm, current_stream, plan_gemm
 
