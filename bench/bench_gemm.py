@@ -7,6 +7,7 @@ A speedup of the sparse product alone says what the library can give, not what t
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def _cslt(case: Case) -> Work:
     return _work(case, "grad_input", lambda: rival.matmul(packed, right), True)
 
 
-def _contenders(case: Case) -> list[Contender]:
+def _contenders(scope: Scope, case: Case) -> list[Contender]:
     def made(part: str, name: str, prepare: Callable[[Case], Work], **more: bool) -> Contender:
         return Contender(part, name, prepare, lambda c: c.sizes("grad_input"), **more)
 
@@ -89,15 +90,16 @@ def _contenders(case: Case) -> list[Contender]:
     ]
     if case.with_rivals:
         found += [
-            made("dense_gemm", "torch.compile", _compiled, rival=True),
             made("sparse_gemm", "default algorithm", _default, rival=True),
             made("sparse_gemm", "torch._cslt_sparse_mm", _cslt, rival=True),
         ]
+        if scope == "full":  # its search takes seconds a shape
+            found.append(made("dense_gemm", "torch.compile", _compiled, rival=True))
     return found
 
 
 def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
-    return parameters(linear_cases(scope, dtype, models), _contenders)
+    return parameters(linear_cases(scope, dtype, models), partial(_contenders, scope))
 
 
 def test_gemm(request: pytest.FixtureRequest, case: Case, contender: Contender) -> None:

@@ -20,7 +20,7 @@ from bench.contender import Contender, Work, measure, parameters
 from bench.operands import UnavailableError, best_candidate, describe, executor, operands
 from bench.shapes import Case, Product, Scope, linear_cases
 from bench.timing import Run
-from bench.verify import Check, check_any, product
+from bench.verify import Check, check_any, check_pruned, product
 from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.dense import DenseBackend
 
@@ -138,14 +138,6 @@ def _fallback(case: Case) -> Work:
     return _work(case, ("grad_input",), run, expected.check, info={"fallback": True})
 
 
-def _compiled(case: Case) -> Work:
-    rivals.need_cuda(case.device)
-    data, mm = operands(case), rivals.compiled_mm()
-    expected = data.expected_dense("grad_input")
-    run = lambda: mm(data.grad_output, data.weight)  # noqa: E731
-    return _work(case, ("grad_input",), run, expected.check)
-
-
 def _cslt(case: Case) -> Work:
     rival, data = rivals.TorchCslt(case.device), operands(case)
     expected = data.expected("grad_input")
@@ -165,7 +157,7 @@ def _stock(case: Case) -> Work:
         return rival.matmul(data.weight)
 
     def check(result: Tensor) -> Check:
-        rivals.check_pruned(rival.pruned, data.grad_output)
+        check_pruned(rival.pruned, data.grad_output)
         kept = product(rival.pruned, data.weight, "the product of what the library kept")
         return kept.check(result)
 
@@ -203,11 +195,12 @@ def _contenders(case: Case) -> list[Contender]:
         found += [
             made("grad_weight", "sdgp magnitude", _sparse("grad_weight")),
             made("grad_input", "dense fallback", _fallback),
-            made("grad_input", "torch.compile dense", _compiled, True),
             made("grad_input", "sdgp.prune + torch._cslt", _cslt, True),
             made("grad_input", "library prune + compress", _stock, True),
             made("grad_input", "torch tile", _by_tiles(lambda c: rivals.TorchTile(c.device)), True),
-            made("grad_input", "xFormers sp24", _by_tiles(lambda c: rivals.XFormers(c.device)), True),
+            made(
+                "grad_input", "xFormers sp24", _by_tiles(lambda c: rivals.XFormers(c.device)), True
+            ),
         ]
     return found
 

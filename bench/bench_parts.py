@@ -18,7 +18,7 @@ from bench.contender import Contender, Work, measure, parameters
 from bench.operands import best_candidate, describe, executor, multiply, operands
 from bench.shapes import Case, Product, Scope, linear_cases
 from bench.timing import Run
-from bench.verify import Check, Expected, product
+from bench.verify import Check, Expected, check_pruned, product
 
 METHODS = ("magnitude", "rescaled_magnitude", "random", "mvue")
 PRUNED_BYTES, PACKED_BYTES = 2.0, 1.125
@@ -46,14 +46,15 @@ def _exact(case: Case, method: str) -> Callable[[Tensor], Check]:
             wide = sdgp.prune(x.float(), method=method)
             # One rounding of the ratio's product; magnitude keeps the bits.
             eps = torch.finfo(x.dtype).eps
-            bound = wide.abs() * (2 * eps if method != "magnitude" else 0) + torch.finfo(
-                torch.float32
-            ).tiny
+            bound = (
+                wide.abs() * (2 * eps if method != "magnitude" else 0)
+                + torch.finfo(torch.float32).tiny
+            )
             return Expected(wide, bound, f"float32 {method}").check(pruned)
         if method == "random":
-            rivals.check_pruned(pruned, x)
+            check_pruned(pruned, x)
         else:
-            rivals.check_pruned(pruned.sign(), x.sign())
+            check_pruned(pruned.sign(), x.sign())
         return Check(0.0, 0.0, "two of four, kept values")
 
     return check
@@ -142,7 +143,7 @@ def _stock(case: Case) -> Work:
     rival = rivals.Stock(data.gemm("grad_input"))
 
     def check(_: Tensor) -> Check:
-        rivals.check_pruned(rival.pruned, data.grad_output)
+        check_pruned(rival.pruned, data.grad_output)
         expected = product(rival.pruned, data.weight, "the product of what the library kept")
         return expected.check(rival.matmul(data.weight))
 

@@ -1,6 +1,5 @@
 """What others offer for the same work, each with the reason where it cannot run here."""
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.operands import UnavailableError, executor
-from bench.verify import check_pruned as check_pruned
+from bench.verify import check_pruned
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.plans import PlannedGemm, current_stream, plan_gemm
 
@@ -21,10 +20,19 @@ def need_cuda(device: torch.device) -> None:
         raise UnavailableError("runs on CUDA devices only")
 
 
-@functools.cache
+def compiled(*functions: Any, mode: str = "default") -> list[Any]:
+    """Compile functions or modules, each for one shape.
+
+    What was compiled before is dropped: after eight shapes of one function torch would go on
+    uncompiled, without a word in the result.
+    """
+    torch.compiler.reset()
+    return [torch.compile(function, mode=mode, dynamic=False) for function in functions]
+
+
 def compiled_mm() -> Callable[[Tensor, Tensor], Tensor]:
     """Return torch.compile's own search for the fastest dense product."""
-    return torch.compile(torch.mm, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return compiled(torch.mm, mode="max-autotune-no-cudagraphs")[0]
 
 
 class TorchCslt:

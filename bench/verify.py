@@ -78,7 +78,9 @@ def product(a: Tensor, b: Tensor, what: str, roundings: int = 1) -> Expected:
     wide = torch.float32 if a.device.type == "cuda" else torch.float64
     a_wide, b_wide = a.to(wide), b.to(wide)
     reference, size = a_wide @ b_wide, a_wide.abs() @ b_wide.abs()
-    return Expected(reference, rounding_bound(size, reference, a.shape[1], a.dtype, roundings), what)
+    return Expected(
+        reference, rounding_bound(size, reference, a.shape[1], a.dtype, roundings), what
+    )
 
 
 def rounding_bound(
