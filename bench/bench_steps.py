@@ -112,7 +112,7 @@ CPU_BLOCKS = (
 
 
 class _OneBlock(nn.Module):
-    """The encoder or decoder of a transformers model, fed with embeddings."""
+    """The one layer of a transformers model, fed with embeddings."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -125,12 +125,14 @@ class _OneBlock(nn.Module):
         config = transformers.AutoConfig.for_model(model_type, **values)
         model = transformers.AutoModel.from_config(config)
         self.images = model_type == "vit"
-        # A vision model has no way in for embeddings: its encoder is the block.
-        self.body = model.encoder if self.images else model
+        # A vision model has no way in for embeddings: its one layer is the block.
+        layers = [m for m in model.modules() if type(m).__name__ == "ViTLayer"]
+        self.body = layers[0] if self.images else model
 
     def forward(self, x: Tensor) -> Tensor:
         if self.images:
-            return self.body(x).last_hidden_state
+            hidden = self.body(x)
+            return hidden if isinstance(hidden, Tensor) else hidden[0]
         return self.body(inputs_embeds=x, use_cache=False).last_hidden_state
 
 
