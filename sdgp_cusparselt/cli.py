@@ -11,6 +11,7 @@ from sdgp_cusparselt import __version__
 #: so that ``sdgp info`` works where another command's dependencies are missing.
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("info", "print an environment report; never fails"),
+    "bench": ("bench", "measure prune, pack, products, layers and steps beside their rivals"),
     "plan": ("plan", "predict dense and SDGP time of a model's training step, GEMM by GEMM"),
     "train": ("train", "train dense and pruned networks side by side on real data"),
 }
