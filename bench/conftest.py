@@ -1,5 +1,6 @@
 """What every benchmark shares: options, parametrisation, conditions in the result file."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from bench import machine
-from bench.contender import NOT_RUN
+from bench.contender import NOT_RUN, STARTED
 from bench.operands import operands
 from bench.timing import synchronised
 
@@ -19,11 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-scope", choices=("quick", "full"), default="quick")
     group.addoption("--bench-dtype", choices=tuple(DTYPES), default="bf16")
     group.addoption("--bench-models", default="", help="names of bench/shapes.py, by commas")
+    group.addoption("--bench-time-limit", type=float, default=0.0, help="seconds; 0 is none")
     group.addoption("--bench-command", default="", help="what to write down as the command")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_RUN] = []
+    config.stash[STARTED] = time.monotonic()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

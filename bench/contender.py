@@ -1,6 +1,7 @@
 """One way of doing one part of the work, and how it is checked, timed and written down."""
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,9 @@ class Contender:
 
 def measure(request: pytest.FixtureRequest, case: Case | Convolution, contender: Contender) -> None:
     """Check a contender, then time it; or write down why it did not run, and skip."""
+    limit = request.config.getoption("--bench-time-limit")
+    if limit and time.monotonic() - request.config.stash[STARTED] > limit:
+        not_run(request, case, contender, f"the time limit of {limit:g} s was reached")
     try:
         work = contender.prepare(case)
         check = work.check(work.run())
@@ -159,6 +163,7 @@ def not_run(
 
 #: Where the run keeps them until the result file is written.
 NOT_RUN: pytest.StashKey[list[dict[str, str]]] = pytest.StashKey()
+STARTED: pytest.StashKey[float] = pytest.StashKey()
 
 
 def parameters(cases: list[Any], contenders: Callable[[Any], list[Contender]]) -> list[Any]:

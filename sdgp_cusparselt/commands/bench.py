@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import sdgp_cusparselt
@@ -49,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", default="", metavar="LIST", help="models of bench/shapes.py (default: all)"
     )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="start nothing after this long; what is left is written down as not run",
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument(
         "--output",
@@ -78,18 +84,15 @@ def run(args: argparse.Namespace) -> int:
             "say that the code runs, nothing about speed."
         )
     with _importable(root):
-        folder = (args.output or root / "bench" / "results") / _module(
-            "bench.machine"
-        ).folder_name()
-        target = result_path(
-            folder, time.strftime("%Y-%m-%d"), _module("bench.machine").library()[0]
-        )
+        machine = _module("bench.machine")
+        folder = (args.output or root / "bench" / "results") / machine.folder_name()
+        target = result_path(folder, time.strftime("%Y-%m-%d"), machine.library()[0])
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             print(f"sdgp bench: cannot write to {folder}: {error.strerror}", file=sys.stderr)
             return BAD_ARGUMENTS
-        code, log = _measure(_arguments(args, root, parts, target, cuda), console)
+        code, log = _measure(_arguments(args, root, parts, target, cuda))
         if not target.exists():
             print(log, file=sys.stderr)
             return code or FAILED
@@ -181,6 +184,7 @@ def _arguments(
         f"--bench-scope={'full' if args.full else 'quick'}",
         f"--bench-dtype={args.dtype}",
         f"--bench-models={args.models}",
+        f"--bench-time-limit={args.time_limit}",
         f"--bench-command={shlex.join(shown)}",
         f"--benchmark-json={target}",
     ]
@@ -215,7 +219,7 @@ class _Bar:
         self.progress.advance(self.task)
 
 
-def _measure(arguments: list[str], console: Console) -> tuple[int, str]:
+def _measure(arguments: list[str]) -> tuple[int, str]:
     """Run pytest in this process; return its exit code and what it printed."""
     import pytest
 
@@ -226,8 +230,7 @@ def _measure(arguments: list[str], console: Console) -> tuple[int, str]:
         with bar.progress, contextlib.redirect_stdout(printed):
             code = int(pytest.main(arguments, plugins=[bar]))
     if code == pytest.ExitCode.INTERRUPTED:
-        console.print("interrupted: nothing is written")
-        return INTERRUPTED, printed.getvalue()
+        return INTERRUPTED, f"{printed.getvalue()}interrupted"
     return (FAILED if code else 0), printed.getvalue()
 
 
@@ -242,4 +245,4 @@ def _show(target: Path, as_json: bool) -> None:
         return
     for table in (report.summary_table(results), report.grad_input_table(results)):
         if table:
-            Console().print(Markdown(table))
+            print(f"{table}\n")
