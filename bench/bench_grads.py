@@ -134,8 +134,9 @@ def _fallback(case: Case) -> Work:
     """The dense backend: the same numbers where there are no sparse tensor cores."""
     data, backend, config = operands(case), DenseBackend(), _config()
     expected = data.expected("grad_input")
+    info = {"measured_on": "gpu" if case.device_type == "cuda" else "cpu, the fallback"}
     run = lambda: backend.linear_grad_input(data.grad_output, data.weight, config)  # noqa: E731
-    return _work(case, ("grad_input",), run, expected.check, info={"fallback": True})
+    return _work(case, ("grad_input",), run, expected.check, info=info)
 
 
 def _cslt(case: Case) -> Work:

@@ -118,7 +118,7 @@ def write(
         part=contender.part,
         contender=contender.name,
         rival=contender.rival,
-        emulated=not cuda,
+        measured_on="gpu" if cuda else "cpu, the library emulated",
         model=case.model,
         layer=case.layer,
         case=case.label,
@@ -137,9 +137,8 @@ def write(
         max_error=check.max_error,
         error_of_bound=check.of_bound,
         checked_against=check.against,
-        **work.info,
-        **work.after(),
     )
+    benchmark.extra_info |= work.info | work.after()
     if cuda:
         benchmark.extra_info["device_us"] = us
         calls = min(MOST_CALLS, max(1, int(ROUND_US / us)))

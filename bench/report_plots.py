@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from bench.report_data import Results, Row, geometric_mean
 
 DENSE, SPARSE, PACK, LOSS = "#7d8794", "#2f6db0", "#f2a03d", "#c0392b"
-TOKEN_SHADES = ("#9ec4e6", "#4f8fcc", "#12355b", "#06182b")
+TOKEN_SHADES = ("#8fc1ea", "#2f6db0", "#0b2239", "#6a3d9a")
 WIDTH, DPI = 9.5, 160
 MOST_BARS = 24
 
@@ -45,7 +45,7 @@ def _speedups(results: Results, title: str) -> Figure | None:
     figure = Figure(figsize=(WIDTH, 2.0 + 0.32 * len(layers)), layout="constrained")
     axes = figure.subplots()
     tokens = sorted({row.m for rows in layers.values() for row in rows})
-    shades = dict(zip(tokens, TOKEN_SHADES[-len(tokens) :], strict=False))
+    shades = dict(zip(tokens, TOKEN_SHADES, strict=False))
     for place, rows in enumerate(layers.values()):
         for offset, row in zip(_spread(len(rows)), sorted(rows, key=lambda r: r.m), strict=True):
             shade, height = shades.get(row.m, SPARSE), place + offset
@@ -55,8 +55,9 @@ def _speedups(results: Results, title: str) -> Figure | None:
                 axes.plot(alone.speedup, height, "o", mfc="white", mec=shade, ms=6)
             axes.plot(row.speedup, height, "o", color=shade, ms=7)
     axes.axvline(1.0, color=LOSS, lw=1.2)
-    axes.axvspan(axes.get_xlim()[0], 1.0, color=LOSS, alpha=0.06, lw=0)
-    axes.margins(x=0.02)
+    left, right = axes.get_xlim()
+    axes.axvspan(min(left, 0.98), 1.0, color=LOSS, alpha=0.06, lw=0)
+    axes.set_xlim(min(left, 0.98), max(right, 1.02))
     axes.set_yticks(range(len(layers)), list(layers), fontsize=9)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
@@ -110,7 +111,9 @@ def _roofline(results: Results, title: str) -> Figure | None:
     axes.set_xlabel("dense operations per byte that the contender must move")
     axes.set_ylabel("dense-equivalent TFLOP/s")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=9, loc="upper left", title=f"copy bandwidth {copy:.4g} TB/s")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend(fontsize=9, loc="lower right", title=f"copy bandwidth {copy:.4g} TB/s")
     axes.set_title(f"Roofline with measured ceilings, {title}", fontsize=11)
     return figure
 
@@ -126,7 +129,8 @@ def _shares(results: Results, title: str) -> Figure | None:
     if not found:
         return None
     found.sort(key=lambda entry: entry[1] + entry[2])
-    shown = found if len(found) <= MOST_BARS else found[:: -(-len(found) // MOST_BARS)]
+    middle = sorted(net.m for net, _, _ in found)[len(found) // 2]
+    shown = found if len(found) <= MOST_BARS else [e for e in found if e[0].m == middle]
     figure = Figure(figsize=(WIDTH, 1.9 + 0.3 * len(shown)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(shown))
