@@ -6,16 +6,15 @@ A speedup of the sparse product alone says what the library can give, not what t
 ``bench_grads.py`` adds prune and pack.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
 
 from bench import rivals
 from bench.contender import Contender, Work, measure, parameters
 from bench.operands import best_candidate, describe, executor, multiply, operands, pack
-from bench.shapes import Case, Product, Scope, linear_cases
+from bench.shapes import Case, Product, Selection, linear_cases
 from bench.timing import Run
 
 #: Bytes of an element of a packed 16-bit operand: half of the values, a nibble for four.
@@ -75,7 +74,7 @@ def _cslt(case: Case) -> Work:
     return _work(case, "grad_input", lambda: rival.matmul(packed, right), True)
 
 
-def _contenders(scope: Scope, case: Case) -> list[Contender]:
+def _contenders(full: bool, case: Case) -> list[Contender]:
     def made(part: str, name: str, prepare: Callable[[Case], Work], **more: bool) -> Contender:
         return Contender(part, name, prepare, lambda c: c.sizes("grad_input"), **more)
 
@@ -93,13 +92,13 @@ def _contenders(scope: Scope, case: Case) -> list[Contender]:
             made("sparse_gemm", "default algorithm", _default, rival=True),
             made("sparse_gemm", "torch._cslt_sparse_mm", _cslt, rival=True),
         ]
-        if scope == "full":  # its search takes seconds a shape
+        if full:  # its search takes seconds a shape
             found.append(made("dense_gemm", "torch.compile", _compiled, rival=True))
     return found
 
 
-def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
-    return parameters(linear_cases(scope, dtype, models), partial(_contenders, scope))
+def pairs(selection: Selection) -> list[object]:
+    return parameters(linear_cases(selection), partial(_contenders, selection.full))
 
 
 def test_gemm(request: pytest.FixtureRequest, case: Case, contender: Contender) -> None:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import sdgp_cusparselt as sdgp
 from bench import rivals
 from bench.contender import Contender, Work, measure, parameters
 from bench.operands import UnavailableError, best_candidate, describe, executor, operands
-from bench.shapes import Case, Product, Scope, linear_cases
+from bench.shapes import Case, Product, Selection, linear_cases
 from bench.timing import Run
 from bench.verify import Check, check_any, check_pruned, product
 from sdgp_cusparselt import dispatch
@@ -206,8 +205,8 @@ def _contenders(case: Case) -> list[Contender]:
     return found
 
 
-def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
-    return parameters(linear_cases(scope, dtype, models), _contenders)
+def pairs(selection: Selection) -> list[object]:
+    return parameters(linear_cases(selection), _contenders)
 
 
 def test_gradient(request: pytest.FixtureRequest, case: Case, contender: Contender) -> None:

@@ -18,7 +18,7 @@ import sdgp_cusparselt as sdgp
 from bench import rivals
 from bench.contender import Contender, Work, measure, parameters
 from bench.operands import UnavailableError
-from bench.shapes import Case, Convolution, Scope, convolution_cases, linear_cases
+from bench.shapes import Case, Convolution, Selection, convolution_cases, linear_cases
 from bench.timing import Run
 from bench.verify import Expected, check_any, rounding_bound
 from sdgp_cusparselt import dispatch
@@ -151,11 +151,11 @@ def _contenders(compiled: Sequence[bool], case: Case | Convolution) -> list[Cont
     ]
 
 
-def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
-    linear = [case for case in linear_cases(scope, dtype, models) if case.with_rivals]
+def pairs(selection: Selection) -> list[object]:
+    linear = [case for case in linear_cases(selection) if case.with_rivals]
     # Compiling takes seconds a layer: not in the quick run.
-    contenders = partial(_contenders, (False, True) if scope == "full" else (False,))
-    return parameters([*linear, *convolution_cases(scope, dtype, models)], contenders)
+    contenders = partial(_contenders, (False, True) if selection.full else (False,))
+    return parameters([*linear, *convolution_cases(selection)], contenders)
 
 
 def test_layer(

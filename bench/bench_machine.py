@@ -5,14 +5,12 @@
 The ceilings are what the report's roofline is drawn with: a large copy, a large dense product.
 """
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 
 from bench.contender import Contender, Work, measure, parameters
 from bench.operands import best_candidate, describe, multiply, operands, pack
-from bench.shapes import Case, Scope
+from bench.shapes import Case, Selection
 from bench.timing import host_us
 from bench.verify import Check, WrongResultError
 
@@ -76,15 +74,14 @@ def _ceilings(case: Case) -> list[Contender]:
     ]
 
 
-def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
+def pairs(selection: Selection) -> list[object]:
+    dtypes = {"cuda": selection.dtype, "cpu": torch.bfloat16}
     cases = [
-        Case(
-            "square", "large", side, side, side, place, dtype if place == "cuda" else torch.bfloat16
-        )
+        Case("square", "large", side, side, side, place, dtypes[place])
         for place, side in SIDE.items()
     ]
     return parameters(
-        [*cases, Case("square", "small", SMALL, SMALL, SMALL, dtype=dtype)], _ceilings
+        [*cases, Case("square", "small", SMALL, SMALL, SMALL, dtype=selection.dtype)], _ceilings
     )
 
 

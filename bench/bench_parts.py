@@ -5,7 +5,8 @@
 A clone reads and writes the tensor once. Packing one direction moves 0.78 of that, both 1.06.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import sdgp_cusparselt as sdgp
 from bench import rivals
 from bench.contender import Contender, Work, measure, parameters
 from bench.operands import best_candidate, describe, executor, multiply, operands
-from bench.shapes import Case, Product, Scope, linear_cases
+from bench.shapes import Case, Product, Selection, linear_cases
 from bench.timing import Run
 from bench.verify import Check, Expected, check_pruned, product
 
@@ -181,7 +182,7 @@ def _xformers(case: Case) -> Work:
     return _work(case, lambda: rival.sparse(x), check, 2 * PACKED_BYTES)
 
 
-def _contenders(case: Case) -> list[Contender]:
+def _contenders(full: bool, case: Case) -> list[Contender]:
     def made(part: str, name: str, prepare: Prepare, which: Product = "grad_input", **more: bool):
         return Contender(part, name, prepare, lambda c: c.sizes(which), **more)
 
@@ -194,7 +195,7 @@ def _contenders(case: Case) -> list[Contender]:
         made("prune_pack", "sdgp.prune, then pack", _prune_then_compress),
     ]
     if case.with_rivals:
-        for method in METHODS[1:]:
+        for method in METHODS[1:] if full else ():
             found.append(made("prune", f"sdgp {method}", _prune(method)))
             # Not what ``sdgp plan`` reads: its pack is the one by magnitude.
             found.append(made("pack", f"sdgp {method}", _pack("grad_input", method), rival=True))
@@ -207,8 +208,8 @@ def _contenders(case: Case) -> list[Contender]:
     return found
 
 
-def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
-    return parameters(linear_cases(scope, dtype, models), _contenders)
+def pairs(selection: Selection) -> list[object]:
+    return parameters(linear_cases(selection), partial(_contenders, selection.full))
 
 
 def test_part(request: pytest.FixtureRequest, case: Case, contender: Contender) -> None:

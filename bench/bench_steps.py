@@ -9,7 +9,7 @@ compiled with compiled.
 
 import copy
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from bench import rivals
 from bench.bench_layers import CONFIGS, backends_used, measured_on
 from bench.contender import Contender, Work, measure, parameters
 from bench.operands import UnavailableError
-from bench.shapes import Scope
+from bench.shapes import Selection
 from bench.timing import Run
 from bench.verify import Check, WrongResultError
 from sdgp_cusparselt import dispatch
@@ -248,13 +248,9 @@ def _contenders(compiled: bool, block: Block) -> list[Contender]:
     ]
 
 
-def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
-    blocks = [
-        block
-        for block in BLOCKS
-        if (scope == "full" or block.quick) and (not models or block.model in models)
-    ]
-    return parameters([*blocks, *CPU_BLOCKS], partial(_contenders, scope == "full"))
+def pairs(selection: Selection) -> list[object]:
+    blocks = [block for block in BLOCKS if selection.keeps(block.model, block.quick)]
+    return parameters([*blocks, *CPU_BLOCKS], partial(_contenders, selection.full))
 
 
 def test_step(request: pytest.FixtureRequest, case: Block, contender: Contender) -> None:

@@ -7,7 +7,7 @@ largest values of the whole matrix are kept. ``csr_gemm`` is the product alone, 
 the conversion to CSR with it; finding the threshold is given for free.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bench.contender import Contender, Work, measure, parameters
 from bench.operands import operands
-from bench.shapes import Case, Scope, linear_cases
+from bench.shapes import Case, Selection, linear_cases
 from bench.verify import product
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 #: CSR products are slow and their conversion takes memory; these layers stand for the others.
-LAYERS = {("llama-3-8b", "attn.q"), ("gpt2-medium", "mlp.down")}
+LAYERS = (("llama-3-8b", "attn.q"), ("gpt2-medium", "mlp.down"))
 INDEX_BYTES = 4
 
 
@@ -73,12 +73,12 @@ def _contenders(case: Case) -> list[Contender]:
     ]
 
 
-def pairs(scope: Scope, dtype: torch.dtype, models: Sequence[str]) -> list[object]:
+def pairs(selection: Selection) -> list[object]:
     gpu, cpu = [], []
-    for case in linear_cases(scope, dtype, models):
+    for case in linear_cases(selection):
         if case.device_type == "cpu":
             cpu.append(replace(case, dtype=torch.float32))  # a CPU multiplies no 16-bit CSR
-        elif case.with_rivals and (case.model, case.layer) in LAYERS:
+        elif case.with_rivals and (case.model, case.layer) in LAYERS[not selection.full :]:
             gpu.append(case)
     return parameters([*gpu, *cpu[:1]], _contenders)
 

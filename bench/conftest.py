@@ -10,6 +10,7 @@ import torch
 from bench import machine
 from bench.contender import NOT_RUN, STARTED
 from bench.operands import operands
+from bench.shapes import CONVOLUTIONS, LINEARS, Selection
 from bench.timing import synchronised
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-scope", choices=("quick", "full"), default="quick")
     group.addoption("--bench-dtype", choices=tuple(DTYPES), default="bf16")
     group.addoption("--bench-models", default="", help="names of bench/shapes.py, by commas")
+    group.addoption("--bench-tokens", default="", help="such as 4096,16384; all if empty")
     group.addoption("--bench-time-limit", type=float, default=0.0, help="seconds; 0 is none")
     group.addoption("--bench-command", default="", help="what to write down as the command")
 
@@ -33,10 +35,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a benchmark the (case, contender) pairs that its module makes for these options."""
     if "contender" not in metafunc.fixturenames:
         return
-    option = metafunc.config.getoption
-    models = [name for name in option("--bench-models").split(",") if name]
-    pairs = metafunc.module.pairs(option("--bench-scope"), DTYPES[option("--bench-dtype")], models)
+    pairs = metafunc.module.pairs(_selection(metafunc.config))
     metafunc.parametrize("case, contender", [_parameter(*pair) for pair in pairs])
+
+
+def _selection(config: pytest.Config) -> Selection:
+    option = config.getoption
+    models = tuple(name for name in option("--bench-models").split(",") if name)
+    known = {names[0] for names in (*LINEARS, *CONVOLUTIONS)} | {"gpt-1.3b", "mlp"}
+    if not known.issuperset(models):
+        raise pytest.UsageError(f"--bench-models must be some of {sorted(known)}, got {models}")
+    tokens = tuple(int(count) for count in option("--bench-tokens").split(",") if count)
+    full = option("--bench-scope") == "full"
+    return Selection(full, DTYPES[option("--bench-dtype")], models, tokens)
 
 
 def _parameter(case: Any, contender: Any) -> Any:

@@ -6,14 +6,12 @@ M, N, K are those of the product at hand, K reduced and pruned:
     grad_weight [M out_features, N in_features] = grad_output.T [M, K tokens] @ input [K, N]
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 Product = Literal["grad_input", "grad_weight"]
-Scope = Literal["quick", "full"]
 
 #: (model, layer, in_features, out_features): linear layers as the models' configurations give them.
 LINEARS = (
@@ -38,9 +36,8 @@ LINEARS = (
     ("gpt2-medium", "mlp.up", 1024, 4096),
     ("gpt2-medium", "mlp.down", 4096, 1024),
 )
-#: The quick run: two that should gain, one in between, two that should lose.
+#: The quick run: two that should gain, two that should lose.
 QUICK = {
-    ("llama-3-8b", "attn.q"),
     ("llama-3-8b", "mlp.up"),
     ("llama-3-8b", "mlp.down"),
     ("vit-l-16", "mlp.up"),
@@ -94,23 +91,35 @@ class Case:
         return self.out_features, self.in_features, self.tokens
 
 
-def linear_cases(scope: Scope, dtype: torch.dtype, models: Sequence[str] = ()) -> list[Case]:
-    """Return the GPU's cases, then the CPU's.
+@dataclass(frozen=True)
+class Selection:
+    """Which of the GPU's cases are measured; the CPU's few always are.
 
-    Args:
-        scope: "quick" or "full".
-        dtype: of the GPU's cases; the CPU's are bfloat16, which the emulator multiplies.
-        models: names to keep; all if empty. The CPU's cases stay.
-
-    Returns:
-        Cases, those of one layer side by side.
+    Attributes:
+        full: every shape and rival, and compiled code; else a few that fit into minutes.
+        dtype: of every operand.
+        models: names to keep; all if empty.
+        tokens: to keep; all if empty.
     """
-    tokens = TOKENS if scope == "full" else (RIVAL_TOKENS,)
+
+    full: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    models: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    def keeps(self, model: str, quick: bool) -> bool:
+        """Return whether a model is wanted, in the quick run only if that has it."""
+        return (self.full or quick) and (not self.models or model in self.models)
+
+
+def linear_cases(selection: Selection) -> list[Case]:
+    """Return the GPU's cases, those of one layer side by side, then the CPU's in bfloat16."""
+    tokens = selection.tokens or (TOKENS if selection.full else (RIVAL_TOKENS,))
     gpu = [
-        Case(model, layer, count, n, k, dtype=dtype)
+        Case(model, layer, count, n, k, dtype=selection.dtype)
         for model, layer, n, k in LINEARS
         for count in tokens
-        if (scope == "full" or (model, layer) in QUICK) and (not models or model in models)
+        if selection.keeps(model, (model, layer) in QUICK)
     ]
     return gpu + [Case(model, layer, CPU_TOKENS, n, k, "cpu") for model, layer, n, k in CPU_LINEARS]
 
@@ -167,13 +176,11 @@ CPU_CONVOLUTIONS = (
 )
 
 
-def convolution_cases(
-    scope: Scope, dtype: torch.dtype, models: Sequence[str] = ()
-) -> list[Convolution]:
-    """Return the GPU's convolutions, then the CPU's; arguments as for ``linear_cases``."""
+def convolution_cases(selection: Selection) -> list[Convolution]:
+    """Return the GPU's convolutions, then the CPU's."""
     gpu = [
-        Convolution(*sizes, dtype=dtype)
+        Convolution(*sizes, dtype=selection.dtype)
         for *sizes, quick in CONVOLUTIONS
-        if (scope == "full" or quick) and (not models or sizes[0] in models)
+        if selection.keeps(sizes[0], quick)
     ]
     return [*gpu, *CPU_CONVOLUTIONS]

@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", default="", metavar="LIST", help="models of bench/shapes.py (default: all)"
     )
     parser.add_argument(
+        "--tokens", default="", metavar="LIST", help="such as 4096,16384 (default: all)"
+    )
+    parser.add_argument(
         "--time-limit",
         type=float,
         default=0.0,
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             return BAD_ARGUMENTS
         code, log = _measure(_arguments(args, root, parts, target, cuda))
         if not target.exists():
-            print(log, file=sys.stderr)
+            print(f"{log}\nsdgp bench: nothing was measured", file=sys.stderr)
             return code or FAILED
         if code:
             print(log[-20_000:], file=sys.stderr)
@@ -174,6 +177,7 @@ def _arguments(
     shown = ["sdgp", "bench", "--parts", ",".join(parts), "--dtype", args.dtype]
     shown += ["--full"] if args.full else []
     shown += ["--models", args.models] if args.models else []
+    shown += ["--tokens", args.tokens] if args.tokens else []
     return [
         *files,
         f"--rootdir={root}",
@@ -184,6 +188,7 @@ def _arguments(
         f"--bench-scope={'full' if args.full else 'quick'}",
         f"--bench-dtype={args.dtype}",
         f"--bench-models={args.models}",
+        f"--bench-tokens={args.tokens}",
         f"--bench-time-limit={args.time_limit}",
         f"--bench-command={shlex.join(shown)}",
         f"--benchmark-json={target}",
