@@ -6,7 +6,6 @@ These are the numbers that a headline may use. ``sdgp`` forces the sparse path w
 proven algorithm; ``auto`` is what a layer gets: the dispatcher, tuned, that may stay dense.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,9 @@ from bench.timing import Run
 from bench.verify import Check, check_any, check_pruned, product
 from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.dense import DenseBackend
+
+# The dispatcher's choice is written down, not raised.
+pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")
 
 Prepare = Callable[[Case], Work]
 BOTH: tuple[Product, Product] = ("grad_input", "grad_weight")
@@ -45,10 +47,8 @@ def _work(
     )
 
 
-def _config(method: str = "magnitude", tokens: str = "mvue") -> sdgp.SDGPConfig:
-    return sdgp.SDGPConfig(
-        prune=method, grad_weight="sparse", grad_weight_prune=tokens, on_unsupported="raise"
-    )
+def _config(tokens: str = "mvue") -> sdgp.SDGPConfig:
+    return sdgp.SDGPConfig(grad_weight="sparse", grad_weight_prune=tokens)
 
 
 def _sparse(which: Product, tokens: str = "magnitude") -> Prepare:
@@ -117,16 +117,17 @@ def _auto(which: Sequence[Product]) -> Prepare:
             ]
             return max(checks, key=lambda c: c.of_bound)
 
-        return _work(case, which, run, check, after=lambda: {"chose": _chosen(record.calls)})
+        return _work(case, which, run, check, after=lambda: _chosen(record))
 
     return prepare
 
 
-def _chosen(calls: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+def _chosen(record: dispatch.LayerRecord) -> dict[str, Any]:
+    """Return product -> backend -> calls, and why a preferred backend was not chosen."""
     chosen: dict[str, dict[str, int]] = {}
-    for (which, backend), count in calls.items():
+    for (which, backend), count in record.calls.items():
         chosen.setdefault(which, {})[backend] = count
-    return chosen
+    return {"chose": chosen, "because": sorted({reason for _, _, reason in record.fallbacks})}
 
 
 def _fallback(case: Case) -> Work:
