@@ -5,34 +5,51 @@ grad_input  = prune(grad_output) @ weight    2 of 4 along out_features, on spars
 grad_weight = grad_output.T      @ input     dense, or 2 of 4 along tokens
 """
 
-from sdgp_cusparselt import functional, nn
+from sdgp_cusparselt import functional, nn, pruning
+from sdgp_cusparselt.arrays import same_kind
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.convert import ConversionReport, convert_, revert_, set_enabled_
 from sdgp_cusparselt.dispatch import BackendStatus, backend_status
 from sdgp_cusparselt.errors import (
     EquivalenceError,
     NotSupportedError,
+    SDGPCacheWarning,
     SDGPError,
     SDGPFallbackWarning,
 )
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.operands import library_layout, matmul, pack
+from sdgp_cusparselt.packing import MetadataLayout, Packed24
+from sdgp_cusparselt.telemetry import Telemetry, telemetry
+from sdgp_cusparselt.tuning.recorder import record_shapes
 
 __version__ = "0.1.0"
+
+#: ``pruning.prune`` for tensors, and for NumPy and CuPy arrays through DLPack.
+prune = same_kind(pruning.prune)
 
 __all__ = [
     "BackendStatus",
     "ConversionReport",
     "EquivalenceError",
+    "MetadataLayout",
     "NotSupportedError",
+    "Packed24",
+    "SDGPCacheWarning",
     "SDGPConfig",
     "SDGPError",
     "SDGPFallbackWarning",
+    "Telemetry",
     "__version__",
     "backend_status",
     "convert_",
     "functional",
+    "library_layout",
+    "matmul",
     "nn",
+    "pack",
     "prune",
+    "record_shapes",
     "revert_",
     "set_enabled_",
+    "telemetry",
 ]

@@ -59,8 +59,9 @@ class SDGPConfig:
         on_slower: what backend "auto" does where the sparse path was measured slower than dense:
             "dense" leaves the gradient unpruned, so that no shape is slower than without this
             package; "prune" prunes all the same, so that the numbers do not depend on the GPU.
-        tune: "first_use" tunes a shape when it first occurs, "ahead" only in ``sdgp tune``,
-            "never" not at all.
+        tune: "ahead" uses the sparse path only for shapes that ``sdgp tune`` decided before,
+            "first_use" tunes a shape when it first occurs (seconds, once per GPU and version),
+            "never" times nothing and uses the library's default algorithm where it proves right.
         check_every: compare a layer's sparse result with the dense one every so many calls; 0
             never does.
         telemetry_every: sample a layer's gradient error every so many calls; 0 never does. Only
@@ -76,7 +77,7 @@ class SDGPConfig:
     backend: BackendName = "auto"
     on_unsupported: OnUnsupported = "dense"
     on_slower: OnSlower = "dense"
-    tune: TunePolicy = "first_use"
+    tune: TunePolicy = "ahead"
     check_every: int = 0
     telemetry_every: int = 0
     text: str = field(init=False, repr=False, compare=False, default="")

@@ -1,24 +1,29 @@
-"""Which backend runs a product, why not the others, and who was told."""
+"""Which way a product runs, why not another, and who was told."""
 
-import itertools
 import warnings
-import weakref
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem, Product
+from sdgp_cusparselt.backends.base import Backend, Problem
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
-from sdgp_cusparselt.backends.dense import DenseBackend
-from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.backends.dense import DenseBackend, pruned_gradient
+from sdgp_cusparselt.backends.gemm import Candidate
+from sdgp_cusparselt.backends.plans import is_capturing
+from sdgp_cusparselt.checking import fault
 from sdgp_cusparselt.errors import NotSupportedError, SDGPFallbackWarning
+from sdgp_cusparselt.records import LayerRecord
+from sdgp_cusparselt.spans import sample_gradient, sampling, span
+from sdgp_cusparselt.tuning import Decision, Rival, decision_for, note
 
 #: In order of preference; the last one runs everything.
 BACKENDS: list[Backend] = [CusparseLtBackend(), DenseBackend()]
+#: Name under which a gradient that was left unpruned, because that is faster, is counted.
+UNPRUNED = "unpruned"
+#: Routes that a record keeps; a run with ever new shapes starts over instead of growing.
+MAX_ROUTES = 1024
 
 _machine_announced: set[str] = set()
 
@@ -31,52 +36,36 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-_records: weakref.WeakValueDictionary[int, "LayerRecord"] = weakref.WeakValueDictionary()
-_next_token = itertools.count(1)
-
-
-@dataclass(eq=False)
-class LayerRecord:
-    """What one layer's backward passes did: counted here, read by telemetry and reports.
+@dataclass(frozen=True)
+class Ways:
+    """Every way of computing one product; nothing runs before it is called.
 
     Attributes:
-        name: fully qualified name of the layer, for messages.
-        calls: (product, backend name) -> number of calls.
-        fallbacks: (product, backend name, reason) -> number of calls that fell back.
-        token: number under which ``record_of`` finds this record; a custom operator can carry it.
+        pruned: (backend, candidate) -> the product of the pruned gradient.
+        unpruned: () -> the plain dense product.
+        operands: () -> (left, right), the matrices that the sparse product multiplies.
+        rival: () -> what the sparse path has to beat.
+        grad_output: the gradient as it came.
     """
 
-    name: str = "sdgp.functional"
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    token: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Register under a number of its own."""
-        self.token = next(_next_token)
-        _records[self.token] = self
-
-    def __reduce__(self) -> tuple[type["LayerRecord"], tuple[Any, ...]]:
-        """Copy and pickle without the number, so that no two records share one."""
-        return LayerRecord, (self.name, Counter(self.calls), Counter(self.fallbacks))
+    pruned: Callable[[Backend, Candidate | None], Tensor]
+    unpruned: Callable[[], Tensor]
+    operands: Callable[[], tuple[Tensor, Tensor]]
+    rival: Callable[[], Rival]
+    grad_output: Tensor
 
 
-#: Stands for every layer in compiled code. A number per layer would be a constant of the graph, and
-#: blocks that are compiled one by one could not share their code.
-COMPILED = LayerRecord("compiled layers")
+class Route(NamedTuple):
+    """The way that is taken, and each preferred backend's reasons for not being it."""
 
-
-def record_of(token: int) -> LayerRecord:
-    """Return the record with that token; a new one if its layer is gone."""
-    record = _records.get(token)
-    return LayerRecord() if record is None else record
-
-
-class Selection(NamedTuple):
-    """The backend that runs a problem, and each preferred one's reasons for not doing so."""
-
-    backend: Backend
+    backend: Backend | None
+    candidate: Candidate | None
     rejected: dict[str, list[str]]
+
+    @property
+    def name(self) -> str:
+        """Name of the way in counts and tables."""
+        return UNPRUNED if self.backend is None else self.backend.name
 
 
 def backend_status() -> list[BackendStatus]:
@@ -88,29 +77,121 @@ def backend_status() -> list[BackendStatus]:
     ]
 
 
-def select(problem: Problem) -> Selection:
-    """Return the backend that runs ``problem``.
+def run(problem: Problem, record: LayerRecord, ways: Ways) -> Tensor:
+    """Compute a product the best way that is allowed, and count it.
 
     Args:
         problem: shapes, dtype, device and the user's choices.
+        record: of the layer.
+        ways: how to compute it.
 
     Returns:
-        The first backend without a reason against it, and the reasons of those before it.
+        The product.
 
     Raises:
         NotSupportedError: if the wanted backend cannot run it and ``on_unsupported`` is "raise".
     """
+    route = record.routes.get(problem)
+    if route is None:
+        route = route_of(problem, record, ways)
+    announce(problem, route, record)
+    every, number = problem.config.check_every, record.calls[problem.product, route.name]
+    if every and (number - 1) % every == 0 and not _holds(problem, route, record, ways):
+        return run(problem, record, ways)
+    samples, of = record.samples, problem.product
+    if not samples.due(of, problem.config.telemetry_every, problem.device):
+        return _computed(route, ways)
+    if route.backend is not None:
+        gradient = ways.grad_output
+        sample_gradient(samples, of, gradient, lambda: pruned_gradient(problem, gradient))
+    with sampling(samples, of), span("total", problem.device):
+        return _computed(route, ways)
+
+
+def _computed(route: Route, ways: Ways) -> Tensor:
+    if route.backend is None:
+        with span("dense", ways.grad_output.device):
+            return ways.unpruned()
+    return ways.pruned(route.backend, route.candidate)
+
+
+def route_of(problem: Problem, record: LayerRecord, ways: Ways) -> Route:
+    """Return the way that a problem takes, and remember it where it will not change.
+
+    Raises:
+        NotSupportedError: see ``run``.
+    """
+    route, final = _first_supported(problem, record), True
+    if isinstance(route.backend, CusparseLtBackend):
+        route, final = _decided(problem, route.backend, ways)
+    if route.rejected and problem.config.on_unsupported == "raise":
+        raise NotSupportedError(_no_backend(problem, route.rejected))
+    if final:
+        if len(record.routes) >= MAX_ROUTES:
+            record.routes.clear()
+        record.routes[problem] = route
+    return route
+
+
+def _first_supported(problem: Problem, record: LayerRecord) -> Route:
     config, rejected = problem.config, dict[str, list[str]]()
     for backend in BACKENDS:
         if backend.name != "dense" and config.backend not in ("auto", backend.name):
             continue
         reasons = backend.not_supported_reasons(problem)
+        if not reasons and backend.name != "dense" and problem.product in record.broken:
+            reasons = [record.broken[problem.product]]
         if not reasons:
-            if rejected and config.on_unsupported == "raise":
-                raise NotSupportedError(_no_backend(problem, rejected))
-            return Selection(backend, rejected)
+            return Route(backend, None, rejected)
         rejected[backend.name] = reasons
     raise NotSupportedError(_no_backend(problem, rejected))
+
+
+def _decided(problem: Problem, backend: CusparseLtBackend, ways: Ways) -> tuple[Route, bool]:
+    """Return the way that tuning chose, and whether it will stay so."""
+    config = problem.config
+    decision = _decision(problem, backend, ways)
+    forced = config.backend == backend.name
+    if decision.candidate is not None and (decision.use == "sparse" or forced):
+        return Route(backend, decision.candidate, {}), True
+    dense = BACKENDS[-1]
+    if decision.sparse_us is not None:  # right, but measured slower
+        return Route(None if config.on_slower == "dense" else dense, None, {}), True
+    return Route(dense, None, {backend.name: [decision.reason]}), not decision.transient
+
+
+def _decision(problem: Problem, backend: CusparseLtBackend, ways: Ways) -> Decision:
+    config, rival = problem.config, ways.rival()
+    transpose = problem.product == "grad_weight"
+    method = config.grad_weight_prune if transpose else config.prune
+    if (config.n, config.m) != (2, 4):
+        method = "none"  # pruned beforehand, packed as it is
+    gemm = backend.gemm_of(problem)
+    note(gemm, method=method, transpose=transpose, rival=rival.name)
+    return decision_for(
+        gemm,
+        backend,
+        config,
+        method=method,
+        transpose=transpose,
+        capturing=is_capturing(problem.device),
+        rival=rival,
+    )
+
+
+def _holds(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> bool:
+    """Check a sparse product; where it fails, bar the layer from it and say so."""
+    backend, candidate = route.backend, route.candidate
+    if not isinstance(backend, CusparseLtBackend) or candidate is None:
+        return True
+    if is_capturing(problem.device):
+        return True
+    found = fault(problem, backend, candidate, *ways.operands())
+    if found is None:
+        return True
+    record.broken[problem.product] = f"it failed a check against dense: {found}"
+    record.routes.clear()
+    return False
 
 
 def _no_backend(problem: Problem, rejected: dict[str, list[str]]) -> str:
@@ -122,14 +203,14 @@ def _no_backend(problem: Problem, rejected: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def announce(problem: Problem, selection: Selection, record: LayerRecord) -> None:
+def announce(problem: Problem, route: Route, record: LayerRecord) -> None:
     """Count the call and its fallbacks; warn the first time a layer meets a reason.
 
     Where a backend cannot run on this machine at all and the user asked for "auto", one warning
     stands for all layers: they asked for whatever this machine has.
     """
-    record.calls[problem.product, selection.backend.name] += 1
-    for name, reasons in selection.rejected.items():
+    record.calls[problem.product, route.name] += 1
+    for name, reasons in route.rejected.items():
         for reason in reasons:
             key = (problem.product, name, reason)
             record.fallbacks[key] += 1
@@ -151,104 +232,3 @@ def _warn(problem: Problem, name: str, reason: str, record: LayerRecord) -> None
         SDGPFallbackWarning,
         stacklevel=2,
     )
-
-
-def linear_grad_input(
-    grad_output: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRecord
-) -> Tensor:
-    """Return prune(grad_output) @ weight: [..., K] @ [K, N], on the backend that is selected."""
-    k, n = weight.shape
-    m = grad_output.numel() // max(k, 1)
-    problem = _problem("grad_input", m, n, k, grad_output, config, weight=weight)
-    return _run(problem, record, lambda b: b.linear_grad_input(grad_output, weight, config))
-
-
-def linear_grad_weight(
-    grad_output: Tensor, input: Tensor, config: SDGPConfig, record: LayerRecord
-) -> Tensor:
-    """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N]."""
-    k, m = grad_output.shape
-    problem = _problem("grad_weight", m, input.shape[1], k, grad_output, config)
-    return _run(problem, record, lambda b: b.linear_grad_weight(grad_output, input, config))
-
-
-def conv2d_grad_input(
-    grad_output: Tensor,
-    weight: Tensor,
-    input_like: Tensor,
-    conv: ConvGeometry,
-    config: SDGPConfig,
-    record: LayerRecord,
-) -> Tensor:
-    """Return the transposed convolution of prune(grad_output along channels) with weight."""
-    batch, channels, height, width = grad_output.shape
-    problem = _problem(
-        "grad_input",
-        batch * height * width,
-        weight[0].numel(),
-        channels // conv.groups,
-        grad_output,
-        config,
-        conv,
-        weight,
-    )
-    return _run(
-        problem,
-        record,
-        lambda b: b.conv2d_grad_input(grad_output, weight, input_like, conv, config),
-    )
-
-
-def conv2d_grad_weight(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    conv: ConvGeometry,
-    config: SDGPConfig,
-    record: LayerRecord,
-) -> Tensor:
-    """Return the weight gradient of a convolution from grad_output pruned along its pixels."""
-    batch, channels, height, width = grad_output.shape
-    problem = _problem(
-        "grad_weight",
-        channels // conv.groups,
-        weight[0].numel(),
-        batch * height * width,
-        grad_output,
-        config,
-        conv,
-        weight,
-    )
-    return _run(
-        problem,
-        record,
-        lambda b: b.conv2d_grad_weight(grad_output, input, weight, conv, config),
-    )
-
-
-def _problem(
-    product: Product,
-    m: int,
-    n: int,
-    k: int,
-    grad_output: Tensor,
-    config: SDGPConfig,
-    conv: ConvGeometry | None = None,
-    weight: Tensor | None = None,
-) -> Problem:
-    dtype, device = grad_output.dtype, grad_output.device
-    problem = Problem(product, m, n, k, dtype, device, config)
-    if weight is None:
-        return problem
-    if conv is None:
-        column_major = weight.stride() == (1, weight.shape[0]) != (weight.shape[1], 1)
-        return replace(problem, dense_order="col") if column_major else problem
-    channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
-    kernel_size = (weight.shape[2], weight.shape[3])
-    return replace(problem, conv=conv, kernel_size=kernel_size, channels_last=channels_last)
-
-
-def _run(problem: Problem, record: LayerRecord, product: Callable[[Backend], Tensor]) -> Tensor:
-    selection = select(problem)
-    announce(problem, selection, record)
-    return product(selection.backend)

@@ -17,6 +17,10 @@ class SDGPFallbackWarning(UserWarning):
     """A layer runs on another backend than the one asked for; issued once per layer and reason."""
 
 
+class SDGPCacheWarning(UserWarning):
+    """A cache file was set aside or cannot be written; what it held is made anew when needed."""
+
+
 def value_error(function: str, argument: str, rule: str, got: object, fix: str) -> ValueError:
     """Build the one form that every ValueError of this package has."""
     return ValueError(message(function, argument, rule, got, fix))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdgp_cusparselt import dispatch, ops
+from sdgp_cusparselt import ops, products
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.backends.dense import (
     dense_conv2d_grad_input,
@@ -18,11 +18,11 @@ from sdgp_cusparselt.backends.dense import (
     dense_linear_grad_input,
 )
 from sdgp_cusparselt.config import SDGPConfig, check_config
-from sdgp_cusparselt.dispatch import LayerRecord
 from sdgp_cusparselt.errors import SDGPError, value_error
+from sdgp_cusparselt.records import COMPILED, LayerRecord, record_of
 
 _NO_RECORD = LayerRecord()
-_COMPILED_TOKEN = dispatch.COMPILED.token
+_COMPILED_TOKEN = COMPILED.token
 _NO_DOUBLE_BACKWARD = (
     "SDGP: a second derivative was asked for, but a pruned gradient is not the derivative of any "
     "function. Use sdgp.set_enabled_(model, False), or SDGPConfig(prune='none') with plain layers, "
@@ -179,7 +179,7 @@ def _linear_grad_input(grad_output: Tensor, weight: Tensor, ctx: Any) -> Tensor:
     if torch.compiler.is_compiling():
         compiled: Tensor = ops.linear_grad_input(grad_output, weight, ctx.config, ctx.token)
         return compiled
-    return dispatch.linear_grad_input(grad_output, weight, *_looked_up(ctx))
+    return products.linear_grad_input(grad_output, weight, *_looked_up(ctx))
 
 
 def _linear_grad_weight(flat: Tensor, tokens: Tensor, ctx: Any) -> Tensor:
@@ -187,7 +187,7 @@ def _linear_grad_weight(flat: Tensor, tokens: Tensor, ctx: Any) -> Tensor:
         if torch.compiler.is_compiling():
             compiled: Tensor = ops.linear_grad_weight(flat, tokens, ctx.config, ctx.token)
             return compiled
-        return dispatch.linear_grad_weight(flat, tokens, *_looked_up(ctx))
+        return products.linear_grad_weight(flat, tokens, *_looked_up(ctx))
     # The same two products that autograd's own addmm backward chooses between, for equal bits.
     if ctx.weight_is_row_major:
         return flat.t().mm(tokens)
@@ -195,7 +195,7 @@ def _linear_grad_weight(flat: Tensor, tokens: Tensor, ctx: Any) -> Tensor:
 
 
 def _looked_up(ctx: Any) -> tuple[SDGPConfig, LayerRecord]:
-    return SDGPConfig.from_text(ctx.config), dispatch.record_of(ctx.token)
+    return SDGPConfig.from_text(ctx.config), record_of(ctx.token)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -245,7 +245,7 @@ def _conv2d_grad_input(grad_output: Tensor, input_like: Tensor, weight: Tensor, 
             grad_output, weight, input_like, ctx.geometry, ctx.config, ctx.token
         )
         return compiled
-    return dispatch.conv2d_grad_input(grad_output, weight, input_like, conv, *_looked_up(ctx))
+    return products.conv2d_grad_input(grad_output, weight, input_like, conv, *_looked_up(ctx))
 
 
 def _like_input(grad_output: Tensor, input_shape: torch.Size) -> Tensor:
@@ -271,7 +271,7 @@ def _conv2d_grad_parameters(
             grad_output, input, weight, ctx.geometry, ctx.config, ctx.token
         )
     elif sparse:
-        grad_weight = dispatch.conv2d_grad_weight(
+        grad_weight = products.conv2d_grad_weight(
             grad_output, input, weight, conv, *_looked_up(ctx)
         )
     return grad_weight, grad_bias

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sdgp_cusparselt import functional
 from sdgp_cusparselt.config import SDGPConfig, check_config
-from sdgp_cusparselt.dispatch import LayerRecord
 from sdgp_cusparselt.errors import type_error
+from sdgp_cusparselt.records import LayerRecord
 
 _STATE = ("sdgp_config", "sdgp_enabled", "sdgp_record", "sdgp_dense_class")
 

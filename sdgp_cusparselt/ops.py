@@ -1,6 +1,6 @@
 """The operator contract: what torch.compile sees of this package, as schemas and shapes.
 
-Each operator is opaque to the compiler; inside, ``dispatch`` chooses a backend as it does in eager
+Each operator is opaque to the compiler; inside, ``products`` chooses a backend as it does in eager
 mode. A configuration travels as text and a layer's record as its token, because an operator takes
 only tensors, numbers and strings.
 """
@@ -10,11 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt import dispatch
+from sdgp_cusparselt import products
 from sdgp_cusparselt import pruning as _pruning
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.dispatch import record_of
+from sdgp_cusparselt.packing.layout import MetadataLayout
+from sdgp_cusparselt.packing.pack import matmul as _matmul
+from sdgp_cusparselt.packing.pack import pack as _pack
+from sdgp_cusparselt.packing.packed import Packed24, buffer_nbytes
+from sdgp_cusparselt.records import record_of
 
 # random and mvue draw from torch's generator, so the compiler must not merge or repeat calls.
 _TAGS = (torch.Tag.nondeterministic_seeded,)
@@ -36,10 +40,51 @@ def _(
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("sdgp::pack", mutates_args=(), tags=_TAGS)
+def pack(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
+    """Return the buffer of ``sdgp.pack(x)``: values and metadata, uint8.
+
+    Args:
+        x: [M, K] of a packed dtype.
+        method: how to prune 2:4.
+        transpose: pack x.T along tokens.
+        layout: ``MetadataLayout.to_json()``.
+    """
+    order = MetadataLayout.from_json(layout)
+    return _pack(x, method=method, transpose=transpose, layout=order).buffer
+
+
+@pack.register_fake
+def _(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
+    rows, cols = x.shape[::-1] if transpose else x.shape
+    size = buffer_nbytes((rows, cols), x.dtype, MetadataLayout.from_json(layout))
+    return x.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.custom_op("sdgp::matmul", mutates_args=())
+def matmul(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
+    """Return packed @ dense: [rows, K] @ [K, N] -> [rows, N].
+
+    Args:
+        packed: uint8 buffer of a [rows, K] operand.
+        dense: [K, N].
+        rows: of the operand, before padding.
+        layout: ``MetadataLayout.to_json()`` of the buffer.
+    """
+    shape, order = (rows, dense.shape[0]), MetadataLayout.from_json(layout)
+    product: Tensor = _matmul(Packed24(packed, shape, dense.dtype, order), dense)
+    return product
+
+
+@matmul.register_fake
+def _(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
+    return dense.new_empty((rows, dense.shape[1]))
+
+
 @torch.library.custom_op("sdgp::linear_grad_input", mutates_args=(), tags=_TAGS)
 def linear_grad_input(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output) @ weight: [..., K] @ [K, N] -> [..., N], contiguous."""
-    result = dispatch.linear_grad_input(
+    result = products.linear_grad_input(
         grad_output, weight, SDGPConfig.from_text(config), record_of(token)
     )
     return result.contiguous()
@@ -53,7 +98,7 @@ def _(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
 @torch.library.custom_op("sdgp::linear_grad_weight", mutates_args=(), tags=_TAGS)
 def linear_grad_weight(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
-    result = dispatch.linear_grad_weight(
+    result = products.linear_grad_weight(
         grad_output, input, SDGPConfig.from_text(config), record_of(token)
     )
     return result.contiguous()
@@ -74,7 +119,7 @@ def conv2d_grad_input(
     token: int,
 ) -> Tensor:
     """Return the transposed convolution of prune(grad_output); strides as input_like."""
-    result = dispatch.conv2d_grad_input(
+    result = products.conv2d_grad_input(
         grad_output,
         weight,
         input_like,
@@ -108,7 +153,7 @@ def conv2d_grad_weight(
     token: int,
 ) -> Tensor:
     """Return the weight gradient from pruned pixels; strides as weight."""
-    result = dispatch.conv2d_grad_weight(
+    result = products.conv2d_grad_weight(
         grad_output,
         input,
         weight,

@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt import ops
 from sdgp_cusparselt.backends.base import ConvGeometry
-from sdgp_cusparselt.dispatch import COMPILED, LayerRecord
+from sdgp_cusparselt.packing.layout import PLAIN
+from sdgp_cusparselt.records import COMPILED, LayerRecord, record_of
 
 CONFIG = sdgp.SDGPConfig()
 SPARSE = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
@@ -26,6 +27,14 @@ def samples() -> dict[str, tuple]:
     return {
         "prune": (torch.randn(6, 8), "magnitude", 2, 4, -1),
         "prune none": (torch.randn(6, 8), "none", 2, 4, -1),
+        "pack": (torch.randn(32, 64).bfloat16(), "magnitude", False, PLAIN.to_json()),
+        "pack transposed": (torch.randn(40, 64).bfloat16(), "magnitude", True, PLAIN.to_json()),
+        "matmul": (
+            sdgp.packing.pack(torch.randn(30, 64).bfloat16(), layout=PLAIN).buffer,
+            torch.randn(64, 24).bfloat16(),
+            30,
+            PLAIN.to_json(),
+        ),
         "linear_grad_input": (torch.randn(2, 3, 8), torch.randn(8, 12), *where),
         "linear_grad_weight": (torch.randn(6, 8), torch.randn(6, 12), SPARSE.text, RECORD.token),
         "conv2d_grad_input": (grad_output, weight, input, GEOMETRY, *where),
@@ -57,10 +66,10 @@ def test_records_do_not_share_a_token() -> None:
     record = LayerRecord("here")
     twin = copy.deepcopy(record)
     assert twin.name == "here" and twin.token != record.token
-    assert sdgp.dispatch.record_of(record.token) is record
+    assert record_of(record.token) is record
     token = twin.token
     del twin
-    assert sdgp.dispatch.record_of(token).name == "sdgp.functional"
+    assert record_of(token).name == "sdgp.functional"
 
 
 class Net(nn.Module):

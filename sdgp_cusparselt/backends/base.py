@@ -42,6 +42,7 @@ class Problem:
         channels_last: whether the convolution's grad_output lies in memory pixel by pixel.
         config: what the user chose.
         dense_order: "row" or "col", how the [K, N] operand lies in memory.
+        spatial: sizes of a convolution's grad_output, and height and width of its input.
     """
 
     product: Product
@@ -55,6 +56,7 @@ class Problem:
     kernel_size: tuple[int, int] = (1, 1)
     channels_last: bool = True
     dense_order: Literal["row", "col"] = "row"
+    spatial: tuple[int, ...] = ()
 
     def describe(self) -> str:
         """Return the product's inputs, one per line, for an error message."""

@@ -25,29 +25,39 @@ def weight_columns(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
+def strided_input(input: Tensor, grad_output: Tensor, conv: ConvGeometry) -> Tensor:
+    """Return the pixels of input that an unpadded 1x1 convolution reads: a view."""
+    (step_y, step_x), (height, width) = conv.stride, grad_output.shape[2:]
+    return input[:, :, ::step_y, ::step_x][:, :, :height, :width]
+
+
 def is_plain(conv: ConvGeometry, kernel_size: tuple[int, int]) -> bool:
     """Whether the convolution is one product of pixels and channels, with nothing to scatter."""
     return kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
 
 
 def scatter_columns(
-    columns: Tensor, grad_output: Tensor, input_like: Tensor, weight: Tensor, conv: ConvGeometry
+    columns: Tensor,
+    output_shape: torch.Size,
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    conv: ConvGeometry,
 ) -> Tensor:
     """Add columns up at the pixels that they came from.
 
     Args:
         columns: [N H_out W_out, kH kW in_channels].
-        grad_output: [N, out_channels, H_out, W_out]; only its sizes matter.
-        input_like: [N, in_channels, H, W]; only its sizes matter.
-        weight: [out_channels, in_channels, kH, kW]; only its sizes matter.
+        output_shape: [N, out_channels, H_out, W_out].
+        input_shape: [N, in_channels, H, W].
+        weight_shape: [out_channels, in_channels, kH, kW].
         conv: stride, padding, dilation; groups must be 1.
 
     Returns:
         [N, in_channels, H, W] in columns' dtype, channels_last, summed in float32.
     """
-    batch, channels, height, width = input_like.shape
-    _, _, out_height, out_width = grad_output.shape
-    kernel_height, kernel_width = weight.shape[2:]
+    batch, channels, height, width = input_shape
+    _, _, out_height, out_width = output_shape
+    kernel_height, kernel_width = weight_shape[2:]
     if is_plain(conv, (kernel_height, kernel_width)):
         return images(columns, batch, height, width)
     (pad_y, pad_x), (step_y, step_x), (gap_y, gap_x) = conv.padding, conv.stride, conv.dilation

@@ -1,5 +1,6 @@
 """The cuSPARSELt backend: products of a packed gradient on sparse tensor cores."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends import convolution
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
+from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.backends.plans import (
@@ -14,15 +16,17 @@ from sdgp_cusparselt.backends.plans import (
     DENSE_MULTIPLE,
     STRUCTURED_MULTIPLE,
     PlanCache,
-    PlannedGemm,
     current_stream,
     dense_order,
+    is_capturing,
     on_device,
 )
 from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.errors import SDGPError
-from sdgp_cusparselt.packing.layout import MetadataLayout
+from sdgp_cusparselt.errors import NotSupportedError, SDGPError
+from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
+from sdgp_cusparselt.packing.pack import pack_gradient
 from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.spans import span
 
 #: Segment-K (split_k = -1) may hang on sm90 with fewer sparse rows than about 400.
 SEGMENT_K_ROWS = 1024
@@ -45,6 +49,7 @@ class CusparseLtBackend(Backend):
         self.machine = Machine() if machine is None else machine
         self.plan_limit = plan_limit
         self._plans: PlanCache | None = None
+        self.certificates: dict[Hashable, Certificate] = {}
 
     @property
     def plans(self) -> PlanCache:
@@ -74,7 +79,25 @@ class CusparseLtBackend(Backend):
         return Gemm(m, n, k, problem.dtype, problem.dense_order, problem.device)
 
     def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return every way of running gemm that cannot hang; see ``SparseExecutor``."""
+        """Return every way of running gemm that cannot hang; see ``SparseExecutor``.
+
+        Raises:
+            NotSupportedError: float16 on sm90 failed its self-test, which runs once per machine.
+        """
+        reasons = self.float16_reasons(gemm.device) if gemm.dtype == torch.float16 else []
+        if reasons:
+            raise NotSupportedError(reasons[0])
+        return self.offered(gemm)
+
+    def float16_reasons(self, device: torch.device) -> list[str]:
+        """Return why float16 is not used on ``device``; may run a self-test of some seconds."""
+        if self.machine.capability(device)[0] != 9:
+            return []
+        found = float16_fault(self.machine, device)
+        return [] if found is None else [f"float16 failed its self-test on this GPU: {found}"]
+
+    def offered(self, gemm: Gemm) -> list[Candidate]:
+        """Return what ``candidates`` does, without the self-test."""
         ids = range(self.plans.max_alg_id(gemm))
         major = self.machine.capability(gemm.device)[0]
         if major >= 10:
@@ -114,15 +137,41 @@ class CusparseLtBackend(Backend):
         Returns:
             uint8 buffer of values and metadata.
         """
-        planned = self.plans.get(gemm, candidate)
-        layout = self.proven_layout(gemm, candidate)
+        layout = self.certificate(gemm, candidate).layout
         if layout is None:
-            return self._compress(_pruned(x, method, transpose, rows_per_sample), planned)
-        raise SDGPError("pack: no layout is proven yet")
+            pruned = _pruned(x, method, transpose, rows_per_sample)
+            return self.compress(pruned, gemm, candidate)
+        packed = pack_gradient(
+            x,
+            features=None if transpose else method,
+            tokens=method if transpose else None,
+            features_layout=layout,
+            tokens_layout=layout,
+            tokens_per_sample=rows_per_sample,
+        )
+        operand = packed.tokens if transpose else packed.features
+        if operand is None:
+            raise SDGPError("pack: the packing layer left out the operand that was asked for")
+        return operand.buffer
 
-    def proven_layout(self, gemm: Gemm, candidate: Candidate) -> MetadataLayout | None:
-        """Return the metadata order of a plan where it is proven on this device, else None."""
-        return None
+    def certificate(self, gemm: Gemm, candidate: Candidate) -> Certificate:
+        """Return whether our packing is proven to be the library's for a plan, and in what order.
+
+        The first call for a shape compares the two on the device; under graph capture, where that
+        cannot be done, the library's own Compress is used.
+        """
+        planned = self.plans.get(gemm, candidate)
+        key = (planned.rows, gemm.k, gemm.dtype, gemm.device, candidate.alg_id)
+        found = self.certificates.get(key)
+        if found is None:
+            if is_capturing(gemm.device):
+                return Certificate(None, "not proven before the graph was captured")
+            identity = {**self.machine.key(gemm.device), "alg_id": candidate.alg_id, "order": "row"}
+            with on_device(gemm.device):
+                compress = plan_compress(planned.plan)
+                arguments = (planned.rows, gemm.k, gemm.dtype, gemm.device, identity)
+                found = self.certificates[key] = certify(compress, *arguments)
+        return found
 
     def matmul(
         self,
@@ -149,8 +198,13 @@ class CusparseLtBackend(Backend):
             )
         return out[: gemm.m]
 
-    def _compress(self, pruned: Tensor, planned: PlannedGemm) -> Tensor:
-        """Return pruned, which is 2:4, as the library itself packs it."""
+    def operand(self, x: Tensor) -> Tensor:
+        """Return a dense operand as it is where the library can read it, else a copy."""
+        return _aligned(x) if dense_order(x) is None else x
+
+    def compress(self, pruned: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
+        """Return pruned [M, K], which is 2:4, as the library itself packs it for a plan."""
+        planned = self.plans.get(gemm, candidate)
         missing = planned.rows - pruned.shape[0]
         padded = torch.nn.functional.pad(pruned, (0, 0, 0, missing)) if missing else pruned
         padded = padded.contiguous()
@@ -195,8 +249,10 @@ class CusparseLtBackend(Backend):
         method, head = config.grad_weight_prune, grad_output[:body]
         if (config.n, config.m) != (2, 4):
             head, method = prune(head, method=method, n=config.n, m=config.m, dim=0), "none"
-        packed = self.pack(head, gemm, candidate, method=method, transpose=True)
-        grad_weight = self.matmul(packed, input[:body], gemm, candidate)
+        with span("pack", gemm.device):
+            packed = self.pack(head, gemm, candidate, method=method, transpose=True)
+        with span("matmul", gemm.device):
+            grad_weight = self.matmul(packed, input[:body], gemm, candidate)
         if body == tokens:
             return grad_weight
         pattern: dict[str, Any] = {"n": config.n, "m": config.m, "dim": 0}
@@ -217,7 +273,9 @@ class CusparseLtBackend(Backend):
         columns = convolution.weight_columns(weight)
         rows_per_sample = flat.shape[0] // grad_output.shape[0]
         result = self._grad_input(flat, columns, config, candidate, rows_per_sample)
-        return convolution.scatter_columns(result, grad_output, input_like, weight, conv)
+        return convolution.scatter_columns(
+            result, grad_output.shape, input_like.shape, weight.shape, conv
+        )
 
     def conv2d_grad_weight(
         self,
@@ -229,8 +287,7 @@ class CusparseLtBackend(Backend):
         candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the weight gradient of a 1x1 convolution; see ``Backend``."""
-        (step_y, step_x), (height, width) = conv.stride, grad_output.shape[2:]
-        read = input[:, :, ::step_y, ::step_x][:, :, :height, :width]
+        read = convolution.strided_input(input, grad_output, conv)
         flat, tokens = convolution.pixels(grad_output), convolution.pixels(read)
         return self.linear_grad_weight(flat, tokens, config, candidate).view(weight.shape)
 
@@ -252,8 +309,12 @@ class CusparseLtBackend(Backend):
         if (config.n, config.m) != (2, 4):
             flat = _pruned(flat, method, False, rows_per_sample, config.n, config.m)
             method = "none"
-        packed = self.pack(flat, gemm, candidate, method=method, rows_per_sample=rows_per_sample)
-        return self.matmul(packed, dense, gemm, candidate)
+        with span("pack", gemm.device):
+            packed = self.pack(
+                flat, gemm, candidate, method=method, rows_per_sample=rows_per_sample
+            )
+        with span("matmul", gemm.device):
+            return self.matmul(packed, dense, gemm, candidate)
 
     def _first(self, gemm: Gemm) -> Candidate:
         return self.candidates(gemm)[0]

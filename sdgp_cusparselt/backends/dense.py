@@ -11,6 +11,10 @@ from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.spans import is_sampling, span
+
+#: Rows that are pruned and multiplied at a time on a CPU: enough for a product at full speed.
+CHUNK_ROWS = 512
 
 
 class DenseBackend(Backend):
@@ -34,8 +38,12 @@ class DenseBackend(Backend):
         candidate: Candidate | None = None,
     ) -> Tensor:
         """Return prune(grad_output) @ weight; see ``Backend``."""
-        pruned = prune(grad_output, method=config.prune, n=config.n, m=config.m)
-        return dense_linear_grad_input(pruned, weight)
+        if config.prune == "magnitude" and weight.device.type == "cpu" and not is_sampling():
+            return _by_chunks(grad_output, weight, config)
+        with span("prune", weight.device):
+            pruned = prune(grad_output, method=config.prune, n=config.n, m=config.m)
+        with span("dense", weight.device):
+            return dense_linear_grad_input(pruned, weight)
 
     def linear_grad_weight(
         self,
@@ -45,8 +53,10 @@ class DenseBackend(Backend):
         candidate: Candidate | None = None,
     ) -> Tensor:
         """Return prune(grad_output along tokens).T @ input; see ``Backend``."""
-        pruned = prune(grad_output, method=config.grad_weight_prune, n=config.n, m=config.m, dim=0)
-        return pruned.t().mm(input)
+        with span("prune", input.device):
+            pruned = prune_tokens(grad_output, config)
+        with span("dense", input.device):
+            return pruned.t().mm(input)
 
     def conv2d_grad_input(
         self,
@@ -58,8 +68,10 @@ class DenseBackend(Backend):
         candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the transposed convolution of the pruned gradient; see ``Backend``."""
-        pruned = prune_channels(grad_output, conv.groups, config)
-        return dense_conv2d_grad_input(pruned, weight, input_like, conv)
+        with span("prune", weight.device):
+            pruned = prune_channels(grad_output, conv.groups, config)
+        with span("dense", weight.device):
+            return dense_conv2d_grad_input(pruned, weight, input_like, conv)
 
     def conv2d_grad_weight(
         self,
@@ -71,12 +83,49 @@ class DenseBackend(Backend):
         candidate: Candidate | None = None,
     ) -> Tensor:
         """Return the weight gradient from pixels pruned in (n, h, w) order; see ``Backend``."""
-        pixels = grad_output.permute(0, 2, 3, 1)
-        tokens = pixels.reshape(-1, pixels.shape[-1])
-        pruned = prune(tokens, method=config.grad_weight_prune, n=config.n, m=config.m, dim=0)
-        pruned = pruned.reshape(pixels.shape).permute(0, 3, 1, 2)
+        with span("prune", input.device):
+            pruned = prune_pixels(grad_output, config)
         mask = (False, True, False)
-        return _wanted(_convolution_backward(pruned, input, weight, conv, mask)[1])
+        with span("dense", input.device):
+            return _wanted(_convolution_backward(pruned, input, weight, conv, mask)[1])
+
+
+def _by_chunks(grad_output: Tensor, weight: Tensor, config: SDGPConfig) -> Tensor:
+    """Return prune(grad_output) @ weight without a whole pruned gradient in memory.
+
+    On a CPU a temporary of that size costs as much in page faults as the pruning itself.
+    """
+    flat = grad_output.reshape(-1, grad_output.shape[-1])
+    out = flat.new_empty((flat.shape[0], weight.shape[1]))
+    for start in range(0, flat.shape[0], CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        pruned = prune(flat[rows], method=config.prune, n=config.n, m=config.m)
+        torch.mm(pruned, weight, out=out[rows])
+    return out.view(*grad_output.shape[:-1], weight.shape[1])
+
+
+def pruned_gradient(problem: Problem, grad_output: Tensor) -> Tensor:
+    """Return grad_output pruned as the product of ``problem`` prunes it, with its zeros."""
+    config, conv = problem.config, problem.conv
+    if problem.product == "grad_weight":
+        return (
+            prune_tokens(grad_output, config) if conv is None else prune_pixels(grad_output, config)
+        )
+    if conv is None:
+        return prune(grad_output, method=config.prune, n=config.n, m=config.m)
+    return prune_channels(grad_output, conv.groups, config)
+
+
+def prune_tokens(grad_output: Tensor, config: SDGPConfig) -> Tensor:
+    """Prune [tokens, out_features] along the tokens, over which grad_weight reduces."""
+    return prune(grad_output, method=config.grad_weight_prune, n=config.n, m=config.m, dim=0)
+
+
+def prune_pixels(grad_output: Tensor, config: SDGPConfig) -> Tensor:
+    """Prune [N, C, H, W] along its pixels in (n, h, w) order."""
+    pixels = grad_output.permute(0, 2, 3, 1)
+    pruned = prune_tokens(pixels.reshape(-1, pixels.shape[-1]), config)
+    return pruned.reshape(pixels.shape).permute(0, 3, 1, 2)
 
 
 def prune_channels(grad_output: Tensor, groups: int, config: SDGPConfig) -> Tensor:

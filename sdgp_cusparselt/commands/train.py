@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 
+from sdgp_cusparselt.config import BackendName
 from sdgp_cusparselt.errors import SDGPError, value_error
 from sdgp_cusparselt.training.checkpoint import write_atomically, write_json
 from sdgp_cusparselt.training.data import Dataset
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N")
     parser.add_argument("--learning-rate", type=float, metavar="LR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--backend", choices=get_args(BackendName), default="auto")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="checkpoints and results (default: runs/<task>)"
@@ -68,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         task = get_task(args.task)
         out = args.out if args.out is not None else Path("runs") / task.name
-        methods = _methods(args)
+        methods, recipe, device = _methods(args), _recipe(args, task), _device(args.device)
         specs = plan_runs(
-            task, methods, args.seeds, _recipe(args, task), _device(args.device), args.precision
+            task, methods, args.seeds, recipe, device, args.precision, _backend(args, device)
         )
         check_methods(task, methods)
         check_matplotlib()
@@ -146,6 +148,13 @@ def _device(text: str) -> str:
     return str(device)
 
 
+def _backend(args: argparse.Namespace, device: str) -> BackendName:
+    # On a CPU nothing else can run, and no layer needs to announce that it is so.
+    on_cpu = torch.device(device).type == "cpu"
+    backend: BackendName = "dense" if on_cpu and args.backend == "auto" else args.backend
+    return backend
+
+
 def _prepare(out: Path, specs: list[RunSpec], *, resume: bool, overwrite: bool) -> None:
     """Keep an earlier call's runs unless told to go on with them or to do them anew."""
     if out.exists() and not out.is_dir():
@@ -166,7 +175,16 @@ def _command(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> str:
     if args.sweep or args.methods != DEFAULT_METHODS:
         words += ["--sweep", args.sweep] if args.sweep else ["--methods", args.methods]
     words += ["--seeds", str(args.seeds)]
-    for name in (*RECIPE_OPTIONS, "device", "precision", "out", "json", "markdown", "plot"):
+    for name in (
+        *RECIPE_OPTIONS,
+        "device",
+        "precision",
+        "backend",
+        "out",
+        "json",
+        "markdown",
+        "plot",
+    ):
         value = getattr(args, name)
         if value is not None and name not in without:
             words += [f"--{name.replace('_', '-')}", str(value)]

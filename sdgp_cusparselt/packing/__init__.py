@@ -1,1 +1,15 @@
-"""The compression layer: from a gradient to cuSPARSELt's compressed operand."""
+"""The compression layer: prune and pack 2:4 operands in whatever order the library reads."""
+
+from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout
+from sdgp_cusparselt.packing.pack import PackedGradient, matmul, pack, pack_gradient
+from sdgp_cusparselt.packing.packed import Packed24
+
+__all__ = [
+    "MetadataLayout",
+    "Packed24",
+    "PackedGradient",
+    "default_layout",
+    "matmul",
+    "pack",
+    "pack_gradient",
+]

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import cast
 
-from sdgp_cusparselt.config import METHODS, PruneMethod, SDGPConfig
+from sdgp_cusparselt.config import METHODS, BackendName, PruneMethod, SDGPConfig
 from sdgp_cusparselt.errors import value_error
 
 DENSE = "dense"
@@ -65,8 +65,11 @@ class Method:
         """Name in file names, such as ``magnitude-2of4``."""
         return self.prune if self.is_dense else f"{self.prune}-{self.n}of{self.m}"
 
-    def config(self) -> SDGPConfig | None:
+    def config(self, backend: BackendName = "auto") -> SDGPConfig | None:
         """Return the conversion's config, or None for dense.
+
+        Args:
+            backend: of ``SDGPConfig``.
 
         Raises:
             ValueError: n and m do not go together or with this prune method.
@@ -75,7 +78,7 @@ class Method:
             return None
         # A shape that runs faster dense must prune all the same: the accuracy is the question here.
         prune = cast(PruneMethod, self.prune)
-        return SDGPConfig(prune=prune, n=self.n, m=self.m, on_slower="prune")
+        return SDGPConfig(prune=prune, n=self.n, m=self.m, backend=backend, on_slower="prune")
 
 
 def parse_method(text: str) -> Method:

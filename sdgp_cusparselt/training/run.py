@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdgp_cusparselt.config import BackendName
 from sdgp_cusparselt.convert import convert_
 from sdgp_cusparselt.training.backends_used import backends_used
 from sdgp_cusparselt.training.checkpoint import load_checkpoint, save_checkpoint
@@ -42,6 +43,7 @@ class RunSpec:
         recipe: hyper-parameters.
         device: as ``torch.device`` reads it.
         precision: fp32, or the autocast dtype; fp16 trains with a loss scaler.
+        backend: of the converted layers.
     """
 
     task: str
@@ -50,6 +52,7 @@ class RunSpec:
     recipe: Recipe
     device: str = "cpu"
     precision: Precision = "fp32"
+    backend: BackendName = "auto"
 
     @property
     def name(self) -> str:
@@ -65,6 +68,7 @@ class RunSpec:
             "recipe": dataclasses.asdict(self.recipe),
             "device_type": torch.device(self.device).type,
             "precision": self.precision,
+            "backend": self.backend,
             "data": dataset.fingerprint,
         }
 
@@ -110,7 +114,7 @@ class Trainer:
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.converted: list[str] = []
         self.skipped: dict[str, str] = {}
-        config = spec.method.config()
+        config = spec.method.config(spec.backend)
         if config is not None:
             report = convert_(self.model, config)
             self.converted, self.skipped = list(report.converted), dict(report.skipped)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sdgp_cusparselt import __version__
+from sdgp_cusparselt.config import BackendName
 from sdgp_cusparselt.convert import convert_
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.training.checkpoint import CheckpointError, check_identity, write_json
@@ -32,6 +33,7 @@ def plan_runs(
     recipe: Recipe,
     device: str = "cpu",
     precision: Precision = "fp32",
+    backend: BackendName = "auto",
 ) -> list[RunSpec]:
     """Return the runs of a sweep, seed by seed, so that a broken-off sweep still compares methods.
 
@@ -41,7 +43,7 @@ def plan_runs(
     if num_seeds < 1:
         raise value_error("plan_runs", "num_seeds", "at least 1", num_seeds, "Ask for more seeds.")
     return [
-        RunSpec(task.name, method, seed, recipe, device, precision)
+        RunSpec(task.name, method, seed, recipe, device, precision, backend)
         for seed in range(num_seeds)
         for method in methods
     ]

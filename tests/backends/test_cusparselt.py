@@ -243,3 +243,41 @@ def test_candidates(
     assert {c.split_k for c in candidates} == splits
     small = Gemm(256, 2048, 2048, torch.bfloat16, "row", CPU)
     assert {c.split_k for c in backend.candidates(small)} == {1}
+
+
+@pytest.mark.parametrize("layout", ["plain", "blocked", "sm90_atom", "sm90_interleaved", "random"])
+def test_a_proven_order_needs_the_library_no_more(
+    backend: CusparseLtBackend, emulator: Emulator, layout: str
+) -> None:
+    emulator.layout(layout, seed=11)
+    weight, grad_output = torch.randn(64, 32).bfloat16(), torch.randn(256, 64).bfloat16()
+    backend.linear_grad_input(grad_output, weight, CONFIG)
+    (certificate,) = backend.certificates.values()
+    assert certificate.proven, certificate.reason
+    learned = emulator.calls("cusparseLtSpMMACompress")
+    for _ in range(3):
+        result = backend.linear_grad_input(grad_output, weight, CONFIG)
+    assert emulator.calls("cusparseLtSpMMACompress") == learned
+    assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
+    another = CusparseLtBackend(backend.machine)
+    another.linear_grad_input(grad_output, weight, CONFIG)
+    assert emulator.calls("cusparseLtSpMMACompress") == learned  # the proof was kept on disk
+    another.plans.clear()
+
+
+def test_an_order_that_cannot_be_proven_is_left_to_the_library(
+    backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sdgp.packing.certify.prove
+    monkeypatch.setattr(
+        "sdgp_cusparselt.packing.certify.prove",
+        lambda *a, **k: ([], "one byte differs") if real(*a, **k) else None,
+    )
+    weight, grad_output = torch.randn(64, 32).bfloat16(), torch.randn(48, 64).bfloat16()
+    for _ in range(2):
+        before = emulator.calls("cusparseLtSpMMACompress")
+        result = backend.linear_grad_input(grad_output, weight, CONFIG)
+        assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
+        assert emulator.calls("cusparseLtSpMMACompress") > before
+    (certificate,) = backend.certificates.values()
+    assert not certificate.proven and "one byte differs" in certificate.reason

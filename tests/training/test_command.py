@@ -191,7 +191,7 @@ def test_ctrl_c_and_kill_then_resume_give_the_unbroken_weights(
     code, _, stderr = finish(interrupted)
     assert code == 130, stderr
     command = f"sdgp {' '.join(ARGUMENTS[:4])} --seeds 1 --steps 40 --batch-size 16"
-    assert f"{command} --device auto --precision fp32 --out {out} --resume" in stderr
+    assert f"{command} --device auto --precision fp32 --backend auto --out {out} --resume" in stderr
     step = load(out / name)["step"]
     assert step_killed < step < 40 and not (out / "digits-random-2of4-seed0.json").exists()
 

@@ -17,7 +17,7 @@ from sdgp_cusparselt.training.tasks import Task
 def make(
     task: Task, method: str = "dense", seed: int = 0, precision: Precision = "fp32"
 ) -> Trainer:
-    spec = RunSpec(task.name, parse_method(method), seed, task.recipe, precision=precision)
+    spec = RunSpec(task.name, parse_method(method), seed, task.recipe, "cpu", precision, "dense")
     return Trainer(spec, task, task.load())
 
 
@@ -120,7 +120,7 @@ def test_dense_equals_a_plain_loop(text_task: Task) -> None:
         indices = trainer._batch_indices()
         for group in optimizer.param_groups:
             rising = 1e-4 + (1 - 1e-4) * step / 0.9
-            group["lr"] = 3e-3 * (rising if step < 0.9 else (9 - step) / 8.1)
+            group["lr"] = 6e-3 * (rising if step < 0.9 else (9 - step) / 8.1)
         logits = reference(data.train.inputs[indices].long())
         loss = F.cross_entropy(logits.view(-1, 256), data.train.targets[indices].view(-1).long())
         optimizer.zero_grad()
@@ -152,7 +152,7 @@ def test_a_run_leaves_the_callers_generator_alone(image_task: Task, tmp_path: Pa
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    spec = RunSpec("digits", parse_method("random"), 0, image_task.recipe)
+    spec = RunSpec("digits", parse_method("random"), 0, image_task.recipe, backend="dense")
     data = image_task.load()
     execute(spec, image_task, data, tmp_path, lambda s: False, lambda *a: None, lambda: None)
     assert torch.equal(torch.rand(3), expected)

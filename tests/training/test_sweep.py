@@ -17,7 +17,7 @@ from sdgp_cusparselt.training.tasks import ACCURACY, BITS_PER_BYTE, Task
 
 
 def specs_of(task: Task, methods: str, seeds: int = 2) -> list[RunSpec]:
-    return plan_runs(task, parse_methods(methods), seeds, task.recipe)
+    return plan_runs(task, parse_methods(methods), seeds, task.recipe, backend="dense")
 
 
 def test_runs_go_seed_by_seed(image_task: Task) -> None:
@@ -75,7 +75,7 @@ def test_results_of_another_recipe_are_refused(image_task: Task, tmp_path: Path)
     data = image_task.load()
     run_sweep(specs_of(image_task, "dense", 1), image_task, data, tmp_path)
     longer = plan_runs(
-        image_task, parse_methods("dense"), 1, image_task.recipe.replace(epochs=9, steps=None)
+        image_task, parse_methods("dense"), 1, image_task.recipe.replace(epochs=9), backend="dense"
     )
     with pytest.raises(CheckpointError, match="recipe is"):
         run_sweep(longer, image_task, data, tmp_path)

@@ -1,0 +1,176 @@
+"""The products of a pruned backward pass, each handed to the dispatcher with all its ways.
+
+grad_input  = prune(grad_output) @ weight, or the transposed convolution of it
+grad_weight = prune(grad_output along tokens).T @ input
+"""
+
+import torch
+from torch import Tensor
+
+from sdgp_cusparselt.backends import convolution
+from sdgp_cusparselt.backends.base import ConvGeometry, Problem
+from sdgp_cusparselt.backends.dense import (
+    dense_conv2d_grad_input,
+    dense_conv2d_grad_parameters,
+    dense_linear_grad_input,
+)
+from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.dispatch import Ways, run
+from sdgp_cusparselt.records import LayerRecord
+from sdgp_cusparselt.tuning import MATMUL, Rival
+
+
+def linear_grad_input(
+    grad_output: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRecord
+) -> Tensor:
+    """Return prune(grad_output) @ weight: [..., K] @ [K, N] -> [..., N]."""
+    k, n = weight.shape
+    m = grad_output.numel() // max(k, 1)
+    column_major = weight.stride() == (1, k) != (n, 1)
+    problem = Problem(
+        "grad_input",
+        m,
+        n,
+        k,
+        grad_output.dtype,
+        grad_output.device,
+        config,
+        dense_order="col" if column_major else "row",
+    )
+    ways = Ways(
+        lambda backend, candidate: backend.linear_grad_input(
+            grad_output, weight, config, candidate
+        ),
+        lambda: dense_linear_grad_input(grad_output, weight),
+        lambda: (grad_output.reshape(-1, k), weight),
+        lambda: MATMUL,
+        grad_output,
+    )
+    return run(problem, record, ways)
+
+
+def linear_grad_weight(
+    grad_output: Tensor, input: Tensor, config: SDGPConfig, record: LayerRecord
+) -> Tensor:
+    """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
+    k, m = grad_output.shape
+    dtype, device = grad_output.dtype, grad_output.device
+    problem = Problem("grad_weight", m, input.shape[1], k, dtype, device, config)
+    ways = Ways(
+        lambda backend, candidate: backend.linear_grad_weight(
+            grad_output, input, config, candidate
+        ),
+        lambda: grad_output.t().mm(input),
+        lambda: (grad_output, input),
+        lambda: MATMUL,
+        grad_output,
+    )
+    return run(problem, record, ways)
+
+
+def conv2d_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_like: Tensor,
+    conv: ConvGeometry,
+    config: SDGPConfig,
+    record: LayerRecord,
+) -> Tensor:
+    """Return the transposed convolution of prune(grad_output along channels) with weight."""
+    batch, channels, height, width = grad_output.shape
+    problem = Problem(
+        "grad_input",
+        batch * height * width,
+        weight[0].numel(),
+        channels // conv.groups,
+        grad_output.dtype,
+        grad_output.device,
+        config,
+        conv,
+        (weight.shape[2], weight.shape[3]),
+        grad_output.is_contiguous(memory_format=torch.channels_last),
+        spatial=(*grad_output.shape, *input_like.shape[2:]),
+    )
+    ways = Ways(
+        lambda backend, candidate: backend.conv2d_grad_input(
+            grad_output, weight, input_like, conv, config, candidate
+        ),
+        lambda: dense_conv2d_grad_input(grad_output, weight, input_like, conv),
+        lambda: (convolution.pixels(grad_output), convolution.weight_columns(weight)),
+        lambda: conv_rival(grad_output, weight, input_like, conv),
+        grad_output,
+    )
+    return run(problem, record, ways)
+
+
+def conv2d_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    conv: ConvGeometry,
+    config: SDGPConfig,
+    record: LayerRecord,
+) -> Tensor:
+    """Return the weight gradient of a convolution from grad_output pruned along its pixels."""
+    batch, channels, height, width = grad_output.shape
+    problem = Problem(
+        "grad_weight",
+        channels // conv.groups,
+        weight[0].numel(),
+        batch * height * width,
+        grad_output.dtype,
+        grad_output.device,
+        config,
+        conv,
+        (weight.shape[2], weight.shape[3]),
+        grad_output.is_contiguous(memory_format=torch.channels_last),
+    )
+
+    def unpruned() -> Tensor:
+        wanted = (True, False)
+        found = dense_conv2d_grad_parameters(grad_output, input, weight, conv, wanted)[0]
+        return torch.zeros_like(weight) if found is None else found
+
+    ways = Ways(
+        lambda backend, candidate: backend.conv2d_grad_weight(
+            grad_output, input, weight, conv, config, candidate
+        ),
+        unpruned,
+        lambda: (
+            convolution.pixels(grad_output),
+            convolution.pixels(convolution.strided_input(input, grad_output, conv)),
+        ),
+        lambda: MATMUL,
+        grad_output,
+    )
+    return run(problem, record, ways)
+
+
+def conv_rival(
+    grad_output: Tensor, weight: Tensor, input_like: Tensor, conv: ConvGeometry
+) -> Rival:
+    """Return what a sparse convolution has to beat: torch's own, on the same sizes.
+
+    Args:
+        grad_output: [N, out_channels, H_out, W_out]; only its sizes matter.
+        weight: [out_channels, in_channels, kH, kW]; only its sizes matter.
+        input_like: [N, in_channels, H, W]; only its sizes matter.
+        conv: stride, padding, dilation.
+    """
+    outputs, inputs, kernel = grad_output.shape, input_like.shape, weight.shape
+    if convolution.is_plain(conv, (kernel[2], kernel[3])):
+        return MATMUL
+    batch, _, height, width = outputs
+
+    def dense(left: Tensor, right: Tensor) -> Tensor:
+        gradient = convolution.images(left, batch, height, width)
+        filters = right.view(kernel[0], *kernel[2:], kernel[1]).permute(0, 3, 1, 2)
+        like = torch.empty(inputs, dtype=left.dtype, device=left.device)
+        like = like.to(memory_format=torch.channels_last)
+        return dense_conv2d_grad_input(gradient, filters, like, conv)
+
+    def finish(product: Tensor) -> Tensor:
+        return convolution.scatter_columns(product, outputs, inputs, kernel, conv)
+
+    name = f"conv {tuple(outputs)} x {tuple(kernel)} to {tuple(inputs)}, {conv}"
+    return Rival(name, dense, finish)

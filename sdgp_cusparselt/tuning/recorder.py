@@ -1,0 +1,86 @@
+"""record_shapes: which products a run asks for, so that they can be tuned ahead of the next."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdgp_cusparselt.backends.gemm import Gemm
+from sdgp_cusparselt.tuning.decision import MATMUL, Key
+
+
+class ShapeLog:
+    """The products that ran inside ``record_shapes``, and how often each did."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Key] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, key: Key) -> None:
+        """Count one product; backward passes come from several threads."""
+        with self._lock:
+            self.counts[key] += 1
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.counts)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Return the products as plain JSON types, the most frequent first."""
+        return [{**_entry(key), "calls": calls} for key, calls in self.counts.most_common()]
+
+    def write(self, path: str | Path) -> None:
+        """Write the file that ``sdgp tune --shapes`` reads."""
+        Path(path).write_text(json.dumps(self.as_list(), indent=1) + "\n", encoding="utf-8")
+
+
+_active: list[ShapeLog] = []
+
+
+@contextmanager
+def record_shapes() -> Iterator[ShapeLog]:
+    """Record every product that converted layers ask for, on any device and backend.
+
+    Yields:
+        ShapeLog: iterate it, or ``write`` it for ``sdgp tune --shapes``.
+
+    Example:
+        >>> with record_shapes() as shapes:
+        ...     pass  # one training step
+        >>> len(shapes)
+        0
+    """
+    log = ShapeLog()
+    _active.append(log)
+    try:
+        yield log
+    finally:
+        # By identity, because logs of nested recorders may hold the same products.
+        _active[:] = [other for other in _active if other is not log]
+
+
+def note(gemm: Gemm, *, method: str, transpose: bool, rival: str = MATMUL.name) -> None:
+    """Tell the active recorders of a product; does nothing without one."""
+    if _active:
+        key = Key(gemm, method, transpose, rival)
+        for log in list(_active):
+            log.add(key)
+
+
+def _entry(key: Key) -> dict[str, Any]:
+    gemm = key.gemm
+    return {
+        "m": gemm.m,
+        "n": gemm.n,
+        "k": gemm.k,
+        "dtype": str(gemm.dtype).removeprefix("torch."),
+        "dense_order": gemm.dense_order,
+        "method": key.method,
+        "transpose": key.transpose,
+        "rival": key.rival,
+    }

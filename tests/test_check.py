@@ -1,0 +1,158 @@
+"""sdgp check passes what is right, fails what is wrong, and says what it did not run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pycusparselt as cslt
+import pytest
+import torch
+from torch import Tensor
+
+from sdgp_cusparselt import dispatch
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.dense import DenseBackend
+from sdgp_cusparselt.backends.machine import Machine
+from sdgp_cusparselt.cli import main
+from sdgp_cusparselt.selfcheck import CASES, DTYPES, check
+from tests.emulator.build import build
+from tests.emulator.control import Bad, Emulator
+
+CPU = torch.device("cpu")
+
+
+class Forgetful(DenseBackend):
+    """Prunes everything and forgets the last pixel, token or feature of one product."""
+
+    def __init__(self, forgets: str) -> None:
+        self.forgets = forgets
+
+    def _spoil(self, product: str, result: Tensor) -> Tensor:
+        if product == self.forgets:
+            result = result.clone()
+            result[-1, -1] = 0
+        return result
+
+    def linear_grad_input(self, *args: object) -> Tensor:
+        return self._spoil("linear_grad_input", super().linear_grad_input(*args))
+
+    def linear_grad_weight(self, *args: object) -> Tensor:
+        return self._spoil("linear_grad_weight", super().linear_grad_weight(*args))
+
+    def conv2d_grad_input(self, *args: object) -> Tensor:
+        return self._spoil("conv2d_grad_input", super().conv2d_grad_input(*args))
+
+    def conv2d_grad_weight(self, *args: object) -> Tensor:
+        return self._spoil("conv2d_grad_weight", super().conv2d_grad_weight(*args))
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    emulator = Emulator(build())
+    emulator.reset()
+    backend = CusparseLtBackend(Machine("cpu", cslt.load(emulator.path)))
+    monkeypatch.setattr(dispatch, "BACKENDS", [backend, DenseBackend()])
+    yield emulator
+    backend.plans.clear()
+    emulator.reset()
+
+
+def outcomes(path: Path, *arguments: str) -> tuple[int, dict[str, object]]:
+    code = main(["check", "--device", "cpu", "--json", str(path), *arguments])
+    return code, json.loads(path.read_text())
+
+
+def test_every_backend_passes_and_cases_it_cannot_run_have_reasons(
+    emulator: Emulator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One of each kind and product, with odd tokens and strides, and a 3x3.
+    cases = (*CASES[1::4], CASES[10])
+    monkeypatch.setattr("sdgp_cusparselt.commands.check.CASES", cases)
+    code, document = outcomes(tmp_path / "check.json")
+    assert code == 0 and document["mismatches"] == 0 and document["unavailable"] == {}
+    lines = document["outcomes"]
+    assert len(lines) == 2 * len(cases) * len(DTYPES)
+    for line in lines:
+        assert line["status"] == "ok" or (line["status"], bool(line["detail"])) == ("not run", True)
+    dense = [line["status"] for line in lines if line["backend"] == "dense"]
+    assert set(dense) == {"ok"}
+    sparse = [line for line in lines if line["backend"] == "cusparselt"]
+    assert all("float32 runs 1:2" in s["detail"] for s in sparse if s["dtype"] == "float32")
+    ok = {(s["product"], s["case"].split()[0]) for s in sparse if s["status"] == "ok"}
+    assert ok == {(p, kind) for p in ("grad_input", "grad_weight") for kind in ("linear", "conv")}
+    assert emulator.calls("cusparseLtMatmul") == sum(s["status"] == "ok" for s in sparse)
+    text = capsys.readouterr().out
+    assert "linear 64 -> 96, 257 tokens" in text and "0 out of bound" in text
+
+
+def test_a_wrong_library_fails_and_the_element_is_named(
+    emulator: Emulator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sdgp_cusparselt.commands.check.CASES", CASES[:2])
+    emulator.bad_algorithm(0, Bad.WRONG_FROM_256_ROWS)
+    code, document = outcomes(tmp_path / "check.json")
+    assert code == 1 and document["mismatches"] == 2, "bf16 and fp16 with 257 tokens"
+    wrong = [line for line in document["outcomes"] if line["status"] == "MISMATCH"]
+    assert {line["backend"] for line in wrong} == {"cusparselt"}
+    assert all("out of bound; worst (" in line["detail"] for line in wrong)
+    assert "MISMATCH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "forgets",
+    ["linear_grad_input", "linear_grad_weight", "conv2d_grad_input", "conv2d_grad_weight"],
+)
+def test_each_product_is_really_compared(forgets: str) -> None:
+    product = forgets.split("_", 1)[1]
+    kind = forgets.split("_", 1)[0].removesuffix("2d")
+    for case in CASES:
+        found = check(Forgetful(forgets), case, torch.bfloat16, CPU).status
+        expected = case.product == product and case.name.startswith(kind)
+        assert found == ("MISMATCH" if expected else "ok"), case.name
+
+
+def test_an_unavailable_backend_is_listed_and_does_not_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = CusparseLtBackend(Machine("cuda"))
+    monkeypatch.setattr(absent.machine, "_reasons", ["torch sees no CUDA device"])
+    monkeypatch.setattr(dispatch, "BACKENDS", [absent, DenseBackend()])
+    monkeypatch.setattr("sdgp_cusparselt.commands.check.CASES", CASES[:1])
+    assert main(["check", "--device", "cpu"]) == 0
+    assert "cusparselt is not checked: torch sees no CUDA device" in capsys.readouterr().out
+
+
+def test_json_on_stdout_and_a_device_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sdgp_cusparselt.commands.check.CASES", CASES[:1])
+    assert main(["check", "--device", "cpu", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcomes"]
+    assert main(["check", "--device", "abacus"]) == 2
+    assert "device 'abacus' cannot be used" in capsys.readouterr().err
+
+
+def test_precision_flags_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    seen = []
+
+    def look(*args: object) -> None:
+        seen.append(matmul.allow_bf16_reduced_precision_reduction)
+        raise KeyError
+
+    monkeypatch.setattr("sdgp_cusparselt.commands.check.check", look)
+    before = matmul.allow_bf16_reduced_precision_reduction
+    with pytest.raises(KeyError):
+        main(["check", "--device", "cpu"])
+    assert seen == [False] and matmul.allow_bf16_reduced_precision_reduction == before
+
+
+@pytest.mark.gpu
+def test_this_gpu() -> None:
+    assert main(["check", "--device", "cuda"]) == 0
