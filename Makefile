@@ -50,6 +50,7 @@ test-slow: $(STAMP)
 
 # What a CPU can measure: the fallback, the reference packer, the binding, all as ratios in one run.
 bench: $(STAMP)
+	mkdir -p build
 	$(BIN)/python -m pytest -q bench -k cpu --benchmark-json=build/bench-cpu.json
 
 # Everything that only a GPU can show; uses the python on the PATH, so that it runs in a checkout.
