@@ -211,6 +211,17 @@ def test_a_layer_that_fails_a_check_goes_dense_and_names_the_element(
     assert layer.sdgp_record.calls["grad_input", "dense"] == 2
 
 
+def test_a_failed_check_raises_where_falling_back_is_forbidden(
+    emulated: CusparseLtBackend, emulator: Emulator
+) -> None:
+    layer, x, grad_output = linear(NEVER.replace(check_every=1, on_unsupported="raise"))
+    layer(x).backward(grad_output)
+    emulator.bad_algorithm(0, Bad.ALWAYS_WRONG)
+    emulated.plans.clear()
+    with pytest.raises(sdgp.EquivalenceError, match="Linear: grad_input is not used: it failed"):
+        layer(x).backward(grad_output)
+
+
 def test_checks_of_every_product_pass_on_a_sound_library(emulated: CusparseLtBackend) -> None:
     config = NEVER.replace(check_every=1, grad_weight="sparse")
     model = net(config)
