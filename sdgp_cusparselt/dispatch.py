@@ -89,6 +89,15 @@ def run(problem: Problem, record: LayerRecord, ways: Ways) -> Tensor:
         The product.
 
     Raises:
+        NotSupportedError, EquivalenceError: see ``settle``.
+    """
+    return compute(problem, settle(problem, record, ways), record, ways)
+
+
+def settle(problem: Problem, record: LayerRecord, ways: Ways) -> Route:
+    """Return the way that a call takes, counted, announced and, where it is due, checked.
+
+    Raises:
         NotSupportedError: if the wanted backend cannot run it and ``on_unsupported`` is "raise".
         EquivalenceError: likewise, if a sparse product fails its check.
     """
@@ -98,7 +107,12 @@ def run(problem: Problem, record: LayerRecord, ways: Ways) -> Tensor:
     announce(problem, route, record)
     every, number = problem.config.check_every, record.calls[problem.product, route.name]
     if every and (number - 1) % every == 0 and not _holds(problem, route, record, ways):
-        return run(problem, record, ways)
+        return settle(problem, record, ways)
+    return route
+
+
+def compute(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> Tensor:
+    """Compute a product by a settled route, sampled where that is due."""
     samples, of = record.samples, problem.product
     if not samples.due(of, problem.config.telemetry_every, problem.device):
         return _computed(route, ways)

@@ -38,7 +38,7 @@ ORDER = {
         "backends.base",
         "backends.dense",
         "backends.plans backends.machine",
-        "backends.convolution backends.float16",
+        "backends.convolution backends.float16 backends.reasons",
         "backends.cusparselt",
         "backends.selftest",
         "backends.__init__",
