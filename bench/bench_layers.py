@@ -17,18 +17,19 @@ from torch import Tensor, nn
 import sdgp_cusparselt as sdgp
 from bench import rivals
 from bench.contender import Contender, Work, measure, parameters
+from bench.machine import TUNE
 from bench.operands import UnavailableError
 from bench.shapes import Case, Convolution, Selection, convolution_cases, linear_cases
 from bench.timing import Run
 from bench.verify import Expected, check_any, rounding_bound
-from sdgp_cusparselt import dispatch
+from sdgp_cusparselt import records
 
 # Written down with its count, not raised: 3 x 3 convolutions keep a dense grad_weight.
 pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")
 
 CONFIGS = {
-    "grad_input": sdgp.SDGPConfig(on_unsupported="dense"),
-    "grad_input + grad_weight": sdgp.SDGPConfig(grad_weight="sparse", on_unsupported="dense"),
+    "grad_input": sdgp.SDGPConfig(tune=TUNE),
+    "grad_input + grad_weight": sdgp.SDGPConfig(grad_weight="sparse", tune=TUNE),
 }
 
 
@@ -124,16 +125,16 @@ def measured_on(device_type: str) -> dict[str, str]:
     return {"measured_on": "gpu" if device_type == "cuda" else "cpu, the fallback"}
 
 
-def backends_used(record: dispatch.LayerRecord) -> dict[str, int]:
+def backends_used(record: records.LayerRecord) -> dict[str, int]:
     """Return "product backend" -> calls, and "product backend: reason" -> fallbacks."""
     used = {" ".join(key): count for key, count in record.calls.items()}
     fallbacks = {f"{p} not {b}: {why}": c for (p, b, why), c in record.fallbacks.items()}
     return used | fallbacks
 
 
-def _record(layer: nn.Module, compiled: bool) -> dispatch.LayerRecord:
+def _record(layer: nn.Module, compiled: bool) -> records.LayerRecord:
     """Return where calls were counted; compiled layers share one record."""
-    return dispatch.COMPILED if compiled else layer.sdgp_record
+    return records.COMPILED if compiled else layer.sdgp_record
 
 
 def _sizes(case: Case | Convolution) -> tuple[int, int, int]:

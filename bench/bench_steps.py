@@ -26,7 +26,7 @@ from bench.operands import UnavailableError
 from bench.shapes import Selection
 from bench.timing import Run
 from bench.verify import Check, WrongResultError
-from sdgp_cusparselt import dispatch
+from sdgp_cusparselt import records
 
 pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")
 
@@ -213,7 +213,7 @@ def _afterwards(
     block: Block, model: nn.Module, run: Run, reference: Run, compiled: bool
 ) -> dict[str, Any]:
     """Return which backends ran, and on a GPU the memory of both steps."""
-    record = dispatch.COMPILED if compiled else dispatch.LayerRecord("all layers")
+    record = records.COMPILED if compiled else records.LayerRecord("all layers")
     for layer in () if compiled else model.modules():
         if isinstance(layer, sdgp.nn.SDGPModule):
             record.calls.update(layer.sdgp_record.calls)

@@ -8,8 +8,10 @@ import pycusparselt as cslt
 import torch
 
 from sdgp_cusparselt.backends.machine import driver_version
-from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.versions import version_of, versions
+
+#: Layers and the dispatcher tune a shape when they first meet it, in the untimed first call.
+TUNE = "first_use"
 
 
 def conditions() -> dict[str, Any]:
@@ -22,7 +24,7 @@ def conditions() -> dict[str, Any]:
         "cusparselt_path": path,
         "transformers": version_of("transformers"),
         "xformers": version_of("xformers"),
-        "tune": SDGPConfig().tune,
+        "tune": TUNE,
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
