@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[2]
 def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run this checkout's code in a new process."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "bindings")))
+    # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=own | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=120,
