@@ -32,40 +32,21 @@ Function = Callable[[], object]
 
 
 def host_seconds(functions: dict[str, Function]) -> dict[str, float]:
-    """Return the median seconds of each function, measured in turn so that drift hits all."""
+    """Return the median CPU seconds of each function on one thread, measured in turns.
+
+    CPU time, so that another program does not count; before each timed call one that is not,
+    because what another function freed costs the next call page faults.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(ROUNDS + 2):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(ROUNDS):
         for name, function in functions.items():
-            start = time.perf_counter()
             function()
-            if round_number >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def device_seconds(functions: dict[str, Function]) -> dict[str, float]:
-    """Return the median device seconds of each function, replayed in turn from CUDA graphs."""
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    for name, function in functions.items():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+            start = time.process_time()
             function()
-        torch.cuda.current_stream().wait_stream(side)
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(ROUNDS + 2):
-        for name, graph in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(REPLAYS):
-                graph.replay()
-            stop.record()
-            stop.synchronize()
-            if round_number >= 2:
-                times[name].append(start.elapsed_time(stop) / 1e3 / REPLAYS)
+            times[name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -83,7 +64,7 @@ def test_cpu_reference_pack_over_prune(benchmark) -> None:
     )
     ratios = {name: seconds / found["prune"] for name, seconds in found.items()}
     milliseconds = {name: seconds * 1e3 for name, seconds in found.items()}
-    benchmark.extra_info.update(ms=milliseconds, ratios=ratios, threads=torch.get_num_threads())
+    benchmark.extra_info.update(ms=milliseconds, ratios=ratios, threads=1)
     print(f"\nprune {milliseconds['prune']:.1f} ms; ratios {ratios}")
     benchmark.pedantic(lambda: pack_gradient(x, backend="reference"), rounds=3, warmup_rounds=1)
     assert ratios["pack"] <= 3
