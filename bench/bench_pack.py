@@ -50,6 +50,32 @@ def host_seconds(functions: dict[str, Function]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def device_seconds(functions: dict[str, Function]) -> dict[str, float]:
+    """Return the median device seconds of each function, replayed in turn from CUDA graphs."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, function in functions.items():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(ROUNDS + 2):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(REPLAYS):
+                graph.replay()
+            stop.record()
+            stop.synchronize()
+            if round_number >= 2:
+                times[name].append(start.elapsed_time(stop) / 1e3 / REPLAYS)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
 def test_cpu_reference_pack_over_prune(benchmark) -> None:
     """The reference pack of [4096, 1024] bf16 takes at most three magnitude prunes of it."""
     x = torch.randn(4096, 1024).bfloat16()
