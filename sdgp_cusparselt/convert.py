@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sdgp_cusparselt.config import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.nn import SDGPModule, adopt_, release_, sdgp_class_of
+from sdgp_cusparselt.nn import SDGPModule, adopt_, check_releasable, release_, sdgp_class_of
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -81,7 +82,7 @@ def convert_(
     _check_arguments(model, config, filter_fn)
     report = ConversionReport(config)
     chosen: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, SDGPModule):
             fix = "Call sdgp.revert_(model) first, or convert only the new part."
             got = f"one whose layer {name or '(root)'!r} is converted already"
@@ -109,8 +110,14 @@ def revert_(model: nn.Module) -> list[str]:
 
     Returns:
         Names of the layers that were reverted.
+
+    Raises:
+        TypeError: something else, such as ``fully_shard``, changed a layer's class since it was
+            converted. The model is then unchanged.
     """
-    layers = _layers(model)
+    layers = _layers(unwrapped(model))
+    for _, module in layers:
+        check_releasable("revert_", module)
     for _, module in layers:
         release_(module)
     return [name for name, _ in layers]
@@ -133,13 +140,28 @@ def set_enabled_(model: nn.Module, enabled: bool) -> list[str]:
     if enabled not in (True, False):
         fix = "Pass True or False."
         raise type_error("set_enabled_", "enabled", "a bool", repr(enabled), fix)
-    layers = _layers(model)
+    layers = _layers(unwrapped(model))
     if not layers:
         fix = "Call sdgp.convert_(model) first."
         raise value_error("set_enabled_", "model", "converted", "one without SDGP layers", fix)
     for _, module in layers:
         module.sdgp_enabled = bool(enabled)
     return [name for name, _ in layers]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile``'s and DistributedDataParallel's wrappers.
+
+    Both run the very module objects that they wrap: compiled code is guarded by their classes and
+    configurations, so it is compiled anew after a change.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of OptimizedModule, slow to import
+        if isinstance(model, DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _layers(model: nn.Module) -> list[tuple[str, SDGPModule]]:
@@ -181,9 +203,11 @@ def _reason_against(
 def _why_not_convertible(module: nn.Module) -> str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        return f"{type(module).__name__} is a subclass and may compute something else"
-    return ""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return ""
+    if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        return "fully_shard changed its class: convert first, or shard only the block around it"
+    return f"{type(module).__name__} is a subclass and may compute something else"
 
 
 def is_head(name: str) -> bool:

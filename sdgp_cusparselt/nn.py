@@ -169,10 +169,22 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
     module.__class__ = target
 
 
+def check_releasable(function: str, module: nn.Module) -> None:
+    """Raise TypeError unless module is of one of our own classes, and of no subclass."""
+    if type(module) not in (SDGPLinear, SDGPConv2d, SDGPConv1D):
+        rule = "an SDGP layer whose class nothing else changed since"
+        fix = "Convert it first; where fully_shard wrapped the layer itself, revert_ before that."
+        raise type_error(function, "module", rule, type(module).__name__, fix)
+
+
 def release_(module: nn.Module) -> None:
-    """Turn an SDGP layer back into its dense class, in place."""
-    if not isinstance(module, SDGPModule):
-        raise type_error("release_", "module", "an SDGP layer", type(module), "Convert it first.")
+    """Turn an SDGP layer back into its dense class, in place.
+
+    Raises:
+        TypeError: module is no SDGP layer, or something else changed its class since.
+    """
+    check_releasable("release_", module)
+    assert isinstance(module, SDGPModule)
     dense_class = module.sdgp_dense_class
     module.__class__ = dense_class  # type: ignore[assignment]
     for name in _STATE:

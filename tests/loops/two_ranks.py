@@ -10,6 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,14 +29,26 @@ STEPS = 3
 
 
 class FailingExecutor(FakeExecutor):
-    """Dies of something that no tuning expects."""
+    """Dies of something that no tuning expects, once the other rank knows that it tunes."""
 
     def candidates(self, gemm: Gemm) -> list[Candidate]:
+        dist.barrier()
         raise RuntimeError("this rank's GPU fell off the bus")
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[k] - other[k]).abs().max()) for k in other)
+
+
+def scripts() -> None:
+    """Run the scripts as torchrun runs them, but in the process group that is there already."""
+    with (
+        mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+    ):
+        for name in ("ddp", "fsdp2"):
+            sys.argv = [name, "--steps", "1"]
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 def examples(found: dict[str, Any]) -> None:
@@ -74,6 +87,7 @@ def failing_tuner(found: dict[str, Any], folder: Path) -> None:
         except RuntimeError:
             failed = True
     else:
+        dist.barrier()
         found["after a failure"] = decide(cache, FakeExecutor("good")).use
     dist.barrier()
     if dist.get_rank() == 0:
@@ -150,11 +164,10 @@ def order(found: dict[str, Any]) -> None:
 
 def main() -> None:
     target = Path(sys.argv[1])
-    for name in ("ddp", "fsdp2"):
-        sys.argv = [name, "--steps", "1"]
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    load("tiny_gpt")  # and with it the folder of the examples
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     found: dict[str, Any] = {}
+    scripts()
     examples(found)
     failing_tuner(found, target.parent)
     stuck_tuner(found, target.parent)
