@@ -1,4 +1,4 @@
-"""What the language-model examples share: a GPT-2 with random weights and text that is always there.
+"""What the language-model examples share: a GPT-2 with random weights, and some text.
 
 The text is the source of Python's own argparse module, byte by byte: nothing is downloaded.
 """

@@ -25,6 +25,7 @@ from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
 from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
 from sdgp_cusparselt.packing.pack import pack_gradient
+from sdgp_cusparselt.patterns import HARDWARE_PATTERNS
 from sdgp_cusparselt.pruning import prune
 from sdgp_cusparselt.spans import span
 
@@ -347,8 +348,10 @@ def _pattern_reasons(problem: Problem) -> list[str]:
         reasons.append("float32 runs 1:2 on sparse tensor cores, not 2:4; use bfloat16 autocast")
     elif problem.dtype not in DATA_TYPES:
         reasons.append(f"{problem.dtype} is neither bfloat16 nor float16")
-    if not config.on_hardware:
+    if (config.n, config.m) not in HARDWARE_PATTERNS:
         reasons.append(f"{config.n}:{config.m} does not fit the 2:4 format; it is emulated")
+    if config.decays and problem.product == "grad_input":
+        reasons.append("mask decay (0 < beta < 1) leaves no zeros to skip; it is emulated")
     return reasons
 
 
