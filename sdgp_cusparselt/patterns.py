@@ -6,6 +6,8 @@ from sdgp_cusparselt.errors import type_error, value_error
 
 PruneMethod = Literal["none", "random", "magnitude", "rescaled_magnitude", "mvue"]
 METHODS: tuple[str, ...] = get_args(PruneMethod)
+#: Methods that draw from torch's generator.
+STOCHASTIC = ("random", "mvue")
 MAX_M = 32
 #: N:M patterns that fit the 2:4 format; 1:4 is a 2:4 whose second value is zero.
 HARDWARE_PATTERNS = ((2, 4), (1, 4))

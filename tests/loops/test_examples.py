@@ -34,7 +34,7 @@ def test_scripts_print_their_final_loss(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     name, *options = script
-    monkeypatch.setattr(sys, "argv", [name, "--steps", "2", *options])
+    monkeypatch.setattr(sys, "argv", [name, "--steps", "4", *options])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     last = capsys.readouterr().out.strip().splitlines()[-1]
@@ -91,6 +91,14 @@ def test_bf16_stays_close(plain: tuple[nn.Module, list[float]]) -> None:
 
 def test_checkpointing_changes_no_bit_even_of_a_method_that_draws() -> None:
     assert curve("checkpointing")[1] == curve("checkpointing", checkpointing=False)[1]
+
+
+def test_a_schedule_goes_on_after_a_checkpoint_bit_for_bit() -> None:
+    train = load("schedule").train
+    unbroken = train(12)
+    assert train(12, stop=5) == unbroken
+    assert train(12, ramp="none")[:2] == unbroken[:2], "the warm-up and the step after it"
+    assert train(12, ramp="none") != unbroken
 
 
 def test_every_example_is_run_and_short() -> None:
