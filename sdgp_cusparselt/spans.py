@@ -169,9 +169,7 @@ def sample_gradient(
     samples.taken[product] += 1
 
 
-def moment_sums(
-    grad: Tensor, first: Tensor, pruned: Callable[[], Tensor], draws: int
-) -> Tensor:
+def moment_sums(grad: Tensor, first: Tensor, pruned: Callable[[], Tensor], draws: int) -> Tensor:
     """Return unbiased estimates of |E p - g|^2 and E |p - E p|^2, over |g|^2.
 
     Over R draws with mean a: variance = sum |p - a|^2 / (R - 1); and because a itself scatters by

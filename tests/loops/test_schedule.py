@@ -343,9 +343,7 @@ def test_state_errors_change_nothing() -> None:
             function(nn.Linear(4, 4))
         with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
             function(3)
-    with pytest.raises(
-        TypeError, match="optimizer must be a torch.optim.Optimizer, got SDGP"
-    ):
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got SDGP"):
         sdgp.step_with(module, module)
     model = nn.Sequential(module, layer(scheduled()))
     sdgp.step(module)
