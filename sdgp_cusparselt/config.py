@@ -45,6 +45,7 @@ class SDGPConfig:
             then does compiled code tell its layers apart, at one compilation for each.
         schedule: how prune, n, m and beta change over the steps; ``sdgp.step`` drives it. The
             other fields are where it arrives. Layers hold what ``at`` returns for their step.
+        prunes: whether grad_input differs from the dense one at all.
         text: all of these as one string, for custom operators; ``from_text`` turns it back.
     """
 
@@ -61,6 +62,8 @@ class SDGPConfig:
     check_every: int = 0
     telemetry_every: int = 0
     schedule: Schedule | None = None
+    # Stored, because a property would have compiled code depend on beta beyond the text.
+    prunes: bool = field(init=False, repr=False, compare=False, default=False)
     text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class SDGPConfig:
             else:
                 checked_int("SDGPConfig", name, value)
         self._check_ranges()
+        prunes = self.prune != "none" and self.n < self.m and self.beta < 1
+        object.__setattr__(self, "prunes", prunes)
         given["schedule"] = None if self.schedule is None else self.schedule.as_dict()
         object.__setattr__(self, "text", json.dumps(given))
 
@@ -122,11 +127,6 @@ class SDGPConfig:
                 f'"sparse" with {self.n}:{self.m}',
                 "Use n=2, m=4, or grad_weight='dense'.",
             )
-
-    @property
-    def prunes(self) -> bool:
-        """Whether grad_input differs from the dense one at all."""
-        return self.prune != "none" and self.n < self.m and self.beta < 1
 
     @property
     def on_hardware(self) -> bool:

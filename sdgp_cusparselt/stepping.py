@@ -40,7 +40,8 @@ def step_with(optimizer: Any, model: nn.Module) -> RemovableHandle:
     A step that a loss scaler skips is not counted.
 
     Args:
-        optimizer: a torch optimizer; of several take one.
+        optimizer: a torch optimizer, or Accelerate's or Lightning's wrapper of one; of several
+            take one.
         model: any module with converted layers, wrapped or not.
 
     Returns:
@@ -50,9 +51,12 @@ def step_with(optimizer: Any, model: nn.Module) -> RemovableHandle:
         TypeError: optimizer is no torch optimizer, or model no module.
         ValueError: model has no converted layer.
     """
+    # Wrappers call themselves optimizers, but take no hooks of their own.
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
     if not isinstance(optimizer, Optimizer):
         got = type(optimizer).__name__
-        fix = "Pass the torch optimizer itself, not a wrapper of it."
+        fix = "Pass what torch.optim made."
         raise type_error("step_with", "optimizer", "a torch.optim.Optimizer", got, fix)
     _count("step_with", model)
     return optimizer.register_step_post_hook(lambda *_: _counted(model))

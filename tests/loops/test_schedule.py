@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.base import Problem
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend, _pattern_reasons
-from tests.helpers import oracle_magnitude, same_bits
+from tests.helpers import assert_product, oracle_magnitude, same_bits
 
 TOTAL = 40
 
@@ -308,6 +309,64 @@ def test_step_with_counts_steps_that_are_taken() -> None:
     module(torch.randn(6, 8)).sum().backward()
     optimizer.step()
     assert sdgp.schedule_state(module) == {"step": 4}
+
+
+def test_step_with_sees_through_the_wrappers_of_libraries() -> None:
+    from accelerate import Accelerator
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    module = layer(scheduled(warmup=2))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    model, prepared = accelerator.prepare(module, optimizer)
+    sdgp.step_with(prepared, model)
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.randn(6, 8)).sum())
+            prepared.step()
+            prepared.zero_grad()
+    assert sdgp.schedule_state(module) == {"step": 2}, "two steps of two micro batches each"
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got str"):
+        sdgp.step_with("adam", module)
+    other = layer(scheduled())
+    sdgp.step_with(LightningOptimizer(torch.optim.SGD(other.parameters(), lr=0.1)), other)
+
+
+def test_wide_decay_steps_keep_compiled_code_within_its_limit() -> None:
+    torch._dynamo.reset()
+    module = layer(scheduled(decay="linear", decay_every=10))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for _ in range(TOTAL + 2):
+        grad_input(compiled, torch.randn(6, 32))
+        sdgp.step(compiled)
+    assert counter.frame_count == 5, "beta = 1, 0.75, 0.5, 0.25, 0"
+
+
+@pytest.mark.gpu
+def test_phases_on_a_gpu_run_densely_emulated_and_on_sparse_tensor_cores() -> None:
+    schedule = sdgp.Schedule(total_steps=8, warmup=2, settle=4, ramp="stepwise")
+    torch.manual_seed(1)
+    module = nn.Linear(512, 512, bias=False, device="cuda", dtype=torch.bfloat16)
+    config = sdgp.SDGPConfig(
+        backend="cusparselt", tune="never", on_unsupported="dense", schedule=schedule
+    )
+    sdgp.convert_(module, config)
+    calls = []
+    for _ in range(6):
+        x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad_output = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sdgp.SDGPFallbackWarning)
+            module(x).backward(grad_output)
+        now = module.sdgp_config
+        pruned = sdgp.prune(grad_output, n=now.n, m=now.m) if now.prunes else grad_output
+        assert_product(x.grad.cpu(), pruned.cpu(), module.weight.detach().cpu())
+        calls.append(dict(module.sdgp_record.calls))
+        sdgp.step(module)
+    dense, sparse = ("grad_input", "dense"), ("grad_input", "cusparselt")
+    assert calls[1] == {} and calls[2] == {dense: 1}, "plain, then 3:4 is emulated"
+    assert calls[5] == {dense: 1, sparse: 3}
 
 
 def test_a_resumed_run_prunes_as_the_unbroken_one() -> None:
