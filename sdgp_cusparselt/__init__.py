@@ -19,6 +19,8 @@ from sdgp_cusparselt.errors import (
 )
 from sdgp_cusparselt.operands import library_layout, matmul, pack
 from sdgp_cusparselt.packing import MetadataLayout, Packed24
+from sdgp_cusparselt.schedule import Schedule
+from sdgp_cusparselt.stepping import load_schedule_state, schedule_state, step, step_with
 from sdgp_cusparselt.telemetry import Telemetry, telemetry
 from sdgp_cusparselt.tuning.recorder import record_shapes
 
@@ -38,18 +40,23 @@ __all__ = [
     "SDGPConfig",
     "SDGPError",
     "SDGPFallbackWarning",
+    "Schedule",
     "Telemetry",
     "__version__",
     "backend_status",
     "convert_",
     "functional",
     "library_layout",
+    "load_schedule_state",
     "matmul",
     "nn",
     "pack",
     "prune",
     "record_shapes",
     "revert_",
+    "schedule_state",
     "set_enabled_",
+    "step",
+    "step_with",
     "telemetry",
 ]

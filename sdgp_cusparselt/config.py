@@ -6,39 +6,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from sdgp_cusparselt.errors import type_error, value_error
-
-PruneMethod = Literal["none", "random", "magnitude", "rescaled_magnitude", "mvue"]
-METHODS: tuple[str, ...] = get_args(PruneMethod)
-MAX_M = 32
-#: N:M patterns that fit the 2:4 format; 1:4 is a 2:4 whose second value is zero.
-HARDWARE_PATTERNS = ((2, 4), (1, 4))
+from sdgp_cusparselt.patterns import HARDWARE_PATTERNS, PruneMethod, check_pattern, checked_int
+from sdgp_cusparselt.schedule import Schedule, Stage
 
 GradWeightMode = Literal["dense", "sparse"]
 BackendName = Literal["auto", "cusparselt", "dense"]
 OnUnsupported = Literal["dense", "raise"]
 OnSlower = Literal["dense", "prune"]
 TunePolicy = Literal["first_use", "ahead", "never"]
-
-
-def check_pattern(
-    function: str, method: object, n: object, m: object, *, argument: str = "method"
-) -> None:
-    """Raise unless method is known and 1 <= n <= m <= 32."""
-    if method not in METHODS:
-        rule = f"one of {', '.join(METHODS)}"
-        raise value_error(function, argument, rule, repr(method), "Pick one of these.")
-    n, m = checked_int(function, "n", n), checked_int(function, "m", m)
-    if not 1 <= m <= MAX_M:
-        raise value_error(function, "m", f"in 1..{MAX_M}", m, "Hardware runs m = 4.")
-    if not 1 <= n <= m:
-        raise value_error(function, "n", f"in 1..m with m = {m}", n, "Hardware runs n = 2.")
-
-
-def checked_int(function: str, argument: str, value: object) -> int:
-    """Return value if it is an int and no bool, else raise TypeError."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise type_error(function, argument, "an int", repr(value), "Pass a whole number.")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +26,8 @@ class SDGPConfig:
         prune: none, random, magnitude, rescaled_magnitude or mvue; see ``sdgp.prune``.
         n: kept elements per group.
         m: group size, at most 32. 2:4 and 1:4 run on hardware, every other pattern is emulated.
+        beta: mask decay of grad_input: kept + beta * (grad_output - kept), with kept the pruned
+            gradient. 0 prunes, 1 is dense; between them the gradient has no zeros: emulated.
         grad_weight: "dense" as in the paper, or "sparse": grad_output pruned 2:4 along tokens.
         grad_weight_prune: method for that pruning; mvue, because a biased one does not train.
         backend: "auto", or "cusparselt" or "dense" to force one.
@@ -66,12 +43,16 @@ class SDGPConfig:
             never does.
         telemetry_every: sample a layer's gradient error every so many calls; 0 never does. Only
             then does compiled code tell its layers apart, at one compilation for each.
+        schedule: how prune, n, m and beta change over the steps; ``sdgp.step`` drives it. The
+            other fields are where it arrives. Layers hold what ``at`` returns for their step.
+        prunes: whether grad_input differs from the dense one at all.
         text: all of these as one string, for custom operators; ``from_text`` turns it back.
     """
 
     prune: PruneMethod = "magnitude"
     n: int = 2
     m: int = 4
+    beta: float = 0.0
     grad_weight: GradWeightMode = "dense"
     grad_weight_prune: PruneMethod = "mvue"
     backend: BackendName = "auto"
@@ -80,6 +61,9 @@ class SDGPConfig:
     tune: TunePolicy = "ahead"
     check_every: int = 0
     telemetry_every: int = 0
+    schedule: Schedule | None = None
+    # Stored, because a property would have compiled code depend on beta beyond the text.
+    prunes: bool = field(init=False, repr=False, compare=False, default=False)
     text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -89,17 +73,47 @@ class SDGPConfig:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for name, value in given.items():
             choices = get_args(hints[name])
-            if choices:
+            if name == "schedule":
+                self._check_schedule()
+            elif name == "beta":
+                self._check_beta()
+            elif choices:
                 self._check_choice(name, value, choices)
             else:
                 checked_int("SDGPConfig", name, value)
         self._check_ranges()
+        prunes = self.prune != "none" and self.n < self.m and self.beta < 1
+        object.__setattr__(self, "prunes", prunes)
+        given["schedule"] = None if self.schedule is None else self.schedule.as_dict()
         object.__setattr__(self, "text", json.dumps(given))
 
     def _check_choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
         if not isinstance(value, str) or value not in choices:
             rule = f"one of {', '.join(choices)}"
             raise value_error("SDGPConfig", name, rule, repr(value), "Pick one of these.")
+
+    def _check_beta(self) -> None:
+        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
+            raise type_error("SDGPConfig", "beta", "a number", repr(self.beta), "0 prunes.")
+        if not 0 <= self.beta <= 1:
+            raise value_error("SDGPConfig", "beta", "in 0..1", self.beta, "0 prunes, 1 is dense.")
+
+    def _check_schedule(self) -> None:
+        given: object = self.schedule
+        if given is not None and not isinstance(given, Schedule):
+            fix = "Pass sdgp.Schedule(...)."
+            got = type(given).__name__
+            raise type_error("SDGPConfig", "schedule", "a Schedule or None", got, fix)
+        if self.schedule is None:
+            return
+        self.schedule.patterns(self.n, self.m)
+        if self.schedule.ramp != "none" and self.grad_weight == "sparse":
+            fix = "Use ramp='none', or grad_weight='dense'."
+            rule = '"dense" while a ramp runs patterns that no hardware runs'
+            raise value_error("SDGPConfig", "grad_weight", rule, '"sparse"', fix)
+        if self.beta and self.schedule.decay != "none":
+            fix = "The decay sets it."
+            raise value_error("SDGPConfig", "beta", "0 under a mask decay", self.beta, fix)
 
     def _check_ranges(self) -> None:
         for name in ("check_every", "telemetry_every"):
@@ -115,14 +129,30 @@ class SDGPConfig:
             )
 
     @property
-    def prunes(self) -> bool:
-        """Whether grad_input differs from the dense one at all."""
-        return self.prune != "none" and self.n < self.m
-
-    @property
     def on_hardware(self) -> bool:
         """Whether a sparse tensor core can run this pattern; everything else is emulated."""
-        return (self.n, self.m) in HARDWARE_PATTERNS
+        return (self.n, self.m) in HARDWARE_PATTERNS and not self.decays
+
+    @property
+    def decays(self) -> bool:
+        """Whether what is not kept stays in the gradient in part; that is emulated."""
+        return 0 < self.beta < 1
+
+    def at(self, step: int) -> "SDGPConfig":
+        """Return the configuration that holds at a step, without a schedule.
+
+        Args:
+            step: optimizer steps taken so far.
+
+        Raises:
+            TypeError: step is no int.
+            ValueError: step is negative.
+        """
+        if checked_int("SDGPConfig.at", "step", step) < 0:
+            raise value_error("SDGPConfig.at", "step", ">= 0", step, "Training starts at 0.")
+        if self.schedule is None:
+            return self
+        return _at_stage(self, self.schedule.stage(step, self.prune, self.n, self.m))
 
     def replace(self, **changes: Any) -> "SDGPConfig":
         """Return a copy with some fields changed, validated again."""
@@ -136,18 +166,36 @@ class SDGPConfig:
     def describe(self) -> str:
         """Return a short form for reprs and tables, such as ``magnitude 2:4``."""
         parts = [f"{self.prune} {self.n}:{self.m}" if self.prunes else "none"]
+        if self.prunes and self.decays:
+            parts.append(f"beta={self.beta:.3g}")
         if self.prunes and not self.on_hardware:
             parts.append("(emulated)")
         if self.grad_weight == "sparse":
             parts.append(f"grad_weight={self.grad_weight_prune}")
         if self.backend != "auto":
             parts.append(f"backend={self.backend}")
+        if self.schedule is not None:
+            parts.append(f"scheduled: {self.schedule.describe()}")
         return " ".join(parts)
 
 
 @functools.lru_cache(maxsize=256)
 def _config_of(text: str) -> SDGPConfig:
-    return SDGPConfig(**json.loads(text))
+    given = json.loads(text)
+    if given.get("schedule") is not None:
+        given["schedule"] = Schedule(**given["schedule"])
+    return SDGPConfig(**given)
+
+
+@functools.lru_cache(maxsize=256)
+def _at_stage(config: SDGPConfig, stage: Stage) -> SDGPConfig:
+    """Return one object for all steps of a stage, so that nothing is compiled twice."""
+    changes: dict[str, Any] = {"schedule": None, **stage._asdict()}
+    if config.schedule is not None and config.schedule.decay == "none":
+        changes["beta"] = config.beta
+    if stage.prune == "none":
+        changes["grad_weight"] = "dense"
+    return config.replace(**changes)
 
 
 def check_config(function: str, config: object) -> None:

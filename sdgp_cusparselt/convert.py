@@ -1,17 +1,22 @@
 """convert_, revert_ and set_enabled_: whole models in place, with a report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sdgp_cusparselt.config import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.nn import SDGPModule, adopt_, release_, sdgp_class_of
+from sdgp_cusparselt.nn import SDGPModule, adopt_, check_releasable, release_, sdgp_class_of
 
 FilterFn = Callable[[nn.Module, str], bool]
+#: One configuration for all layers, or name pattern -> configuration; None leaves layers dense.
+Configs = SDGPConfig | Mapping[str, SDGPConfig | None]
 
 #: Last names by which models call the layer that makes their outputs.
 HEAD_NAMES = ("head", "fc", "classifier", "lm_head", "score")
@@ -26,33 +31,40 @@ class ConversionReport:
     Attributes:
         converted: fully qualified names of the converted layers, in model order.
         skipped: name -> reason, for every linear or convolution that stayed dense.
-        config: the configuration that the converted layers share.
+        config: the configuration that the converted layers share; None if patterns gave several.
+        configs: converted layer -> its configuration.
     """
 
-    config: SDGPConfig
+    config: SDGPConfig | None
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    configs: dict[str, SDGPConfig] = field(default_factory=dict)
     _kinds: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         """Return the table, 100 columns wide."""
         count = f"{len(self.converted)} converted, {len(self.skipped)} dense"
-        title = f"SDGP {self.config.describe()}: {count}"
+        what = "by name" if self.config is None else self.config.describe()
+        title = f"SDGP {what}: {count}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("layer", "kind", "backward"):
             table.add_column(column, overflow="fold")
         for name, kind in self._kinds.items():
-            what = self.skipped.get(name)
-            table.add_row(name or "(root)", kind, f"dense: {what}" if what else "pruned")
+            table.add_row(name or "(root)", kind, self._backward(name))
         console = Console(width=100, no_color=True, highlight=False)
         with console.capture() as capture:
             console.print(table)
         return capture.get().rstrip()
 
+    def _backward(self, name: str) -> str:
+        if name in self.skipped:
+            return f"dense: {self.skipped[name]}"
+        return "pruned" if self.config is not None else self.configs[name].describe()
+
 
 def convert_(
     model: nn.Module,
-    config: SDGPConfig | None = None,
+    config: Configs | None = None,
     filter_fn: FilterFn | None = None,
     *,
     include_heads: bool = False,
@@ -64,7 +76,9 @@ def convert_(
 
     Args:
         model: any module; itself converted if it is such a layer.
-        config: how to prune; ``SDGPConfig()`` if None.
+        config: how to prune; ``SDGPConfig()`` if None. Or a dictionary of patterns of fully
+            qualified names, such as ``{"*.mlp.*": config}``: the first that matches counts, its
+            configuration may be None for dense, and a layer that none matches stays dense.
         filter_fn: (module, fully qualified name) -> whether to convert it. Given, it alone decides
             among the layers that can be converted; without it layers that read images, heads and
             layers whose output is no multiple of m stay dense.
@@ -75,29 +89,39 @@ def convert_(
 
     Raises:
         TypeError: model is no module, config no SDGPConfig, or filter_fn not callable.
-        ValueError: a layer is converted already, or nothing matched. The model is then unchanged.
+        ValueError: a layer is converted already, or nothing matched the filter or one of the
+            patterns. The model is then unchanged.
+
+    Note:
+        A model inside ``torch.compile`` or DistributedDataParallel is converted inside its wrapper,
+        by the names of the plain model.
     """
     config = SDGPConfig() if config is None else config
     _check_arguments(model, config, filter_fn)
-    report = ConversionReport(config)
-    chosen: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    report = ConversionReport(config if isinstance(config, SDGPConfig) else None)
+    patterns = {"*": config} if isinstance(config, SDGPConfig) else config
+    unused = set(patterns)
+    chosen: list[tuple[str, nn.Module, SDGPConfig]] = []
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, SDGPModule):
             fix = "Call sdgp.revert_(model) first, or convert only the new part."
             got = f"one whose layer {name or '(root)'!r} is converted already"
             raise value_error("convert_", "model", "unconverted", got, fix)
-        reason = _reason_against(module, name, config, filter_fn, include_heads)
-        if reason is None:
-            chosen.append((name, module))
-        elif reason:
-            report.skipped[name] = reason
+        matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        own = patterns[matching[0]] if matching else None
+        reason = _reason_against(module, name, own, filter_fn, include_heads)
         if reason != "":
             report._kinds[name] = type(module).__name__
-    if not chosen:
-        _raise_nothing_matched(report)
-    for name, module in chosen:
-        adopt_(module, config, name or type(module).__name__)
+            unused.difference_update(matching)
+        if reason:
+            report.skipped[name] = reason
+        elif reason is None and own is not None:
+            chosen.append((name, module, own))
+    _check_matches(report, len(chosen), unused)
+    for name, module, own in chosen:
+        adopt_(module, own, name or type(module).__name__)
         report.converted.append(name)
+        report.configs[name] = own
     return report
 
 
@@ -109,8 +133,14 @@ def revert_(model: nn.Module) -> list[str]:
 
     Returns:
         Names of the layers that were reverted.
+
+    Raises:
+        TypeError: something else, such as ``fully_shard``, changed a layer's class since it was
+            converted. The model is then unchanged.
     """
-    layers = _layers(model)
+    layers = _layers(unwrapped(model))
+    for _, module in layers:
+        check_releasable("revert_", module)
     for _, module in layers:
         release_(module)
     return [name for name, _ in layers]
@@ -133,24 +163,67 @@ def set_enabled_(model: nn.Module, enabled: bool) -> list[str]:
     if enabled not in (True, False):
         fix = "Pass True or False."
         raise type_error("set_enabled_", "enabled", "a bool", repr(enabled), fix)
-    layers = _layers(model)
-    if not layers:
-        fix = "Call sdgp.convert_(model) first."
-        raise value_error("set_enabled_", "model", "converted", "one without SDGP layers", fix)
+    layers = converted_layers("set_enabled_", model)
     for _, module in layers:
         module.sdgp_enabled = bool(enabled)
     return [name for name, _ in layers]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile``'s and DistributedDataParallel's wrappers.
+
+    Both run the very module objects that they wrap: compiled code is guarded by their classes and
+    configurations, so it is compiled anew after a change.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of OptimizedModule, slow to import
+        if isinstance(model, DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def converted_layers(function: str, model: object) -> list[tuple[str, SDGPModule]]:
+    """Return (fully qualified name, layer) of every converted layer.
+
+    Args:
+        function: that is named in errors.
+        model: any module, wrapped or not.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it has no converted layer.
+    """
+    if not isinstance(model, nn.Module):
+        fix = "Pass the model itself."
+        raise type_error(function, "model", "an nn.Module", type(model).__name__, fix)
+    layers = _layers(unwrapped(model))
+    if not layers:
+        fix = "Call sdgp.convert_(model) first."
+        raise value_error(function, "model", "converted", "one without SDGP layers", fix)
+    return layers
 
 
 def _layers(model: nn.Module) -> list[tuple[str, SDGPModule]]:
     return [(n, mod) for n, mod in model.named_modules() if isinstance(mod, SDGPModule)]
 
 
-def _check_arguments(model: object, config: object, filter_fn: object) -> None:
+def _check_arguments(model: object, config: Any, filter_fn: object) -> None:
     if not isinstance(model, nn.Module):
         fix = "Pass the model itself."
         raise type_error("convert_", "model", "an nn.Module", type(model).__name__, fix)
-    check_config("convert_", config)
+    if not isinstance(config, Mapping):
+        check_config("convert_", config)
+    else:
+        for pattern, own in config.items():
+            if not isinstance(pattern, str):
+                fix = 'Such as {"*.mlp.*": sdgp.SDGPConfig()}.'
+                raise type_error("convert_", "config", "keyed by strings", repr(pattern), fix)
+            if own is not None and not isinstance(own, SDGPConfig):
+                rule, got = "an SDGPConfig or None", type(own).__name__
+                fix = "Pass sdgp.SDGPConfig(...)."
+                raise type_error("convert_", f"config[{pattern!r}]", rule, got, fix)
     if filter_fn is not None and not callable(filter_fn):
         fix = "Pass a function of (module, fqn)."
         raise type_error("convert_", "filter_fn", "callable", type(filter_fn).__name__, fix)
@@ -159,13 +232,15 @@ def _check_arguments(model: object, config: object, filter_fn: object) -> None:
 def _reason_against(
     module: nn.Module,
     name: str,
-    config: SDGPConfig,
+    config: SDGPConfig | None,
     filter_fn: FilterFn | None,
     include_heads: bool,
 ) -> str | None:
     """Return None to convert, "" for a module that is none of our kinds, else why not."""
     if sdgp_class_of(module) is None:
         return _why_not_convertible(module)
+    if config is None:
+        return "left dense by its name"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "left out by filter_fn"
     if not include_heads and is_head(name):
@@ -181,9 +256,11 @@ def _reason_against(
 def _why_not_convertible(module: nn.Module) -> str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        return f"{type(module).__name__} is a subclass and may compute something else"
-    return ""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return ""
+    if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        return "fully_shard changed its class: convert first, or shard only the block around it"
+    return f"{type(module).__name__} is a subclass and may compute something else"
 
 
 def is_head(name: str) -> bool:
@@ -207,8 +284,14 @@ def _channels(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _raise_nothing_matched(report: ConversionReport) -> None:
+def _check_matches(report: ConversionReport, chosen: int, unused: set[str]) -> None:
+    """Raise unless some layer is converted and every pattern named one."""
     seen = "; ".join(f"{name or '(root)'}: {why}" for name, why in report.skipped.items())
-    got = f"one that matched none of: {seen}" if seen else "a model without such layers"
-    fix = "Widen filter_fn, or pass a model with nn.Linear, nn.Conv2d or Conv1D layers."
-    raise value_error("convert_", "filter_fn", "a filter that matches a layer", got, fix)
+    if not chosen:
+        got = f"one that matched none of: {seen}" if seen else "a model without such layers"
+        fix = "Widen filter_fn, or pass a model with nn.Linear, nn.Conv2d or Conv1D layers."
+        raise value_error("convert_", "filter_fn", "a filter that matches a layer", got, fix)
+    if unused:
+        got = ", ".join(repr(pattern) for pattern in sorted(unused))
+        fix = f"The layers are {', '.join(repr(name) for name in report._kinds)}."
+        raise value_error("convert_", "config", "patterns that each match a layer", got, fix)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -117,8 +118,9 @@ def compute(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> 
     if not samples.due(of, problem.config.telemetry_every, problem.device):
         return _computed(route, ways)
     if route.backend is not None:
-        gradient = ways.grad_output
-        sample_gradient(samples, of, gradient, lambda: pruned_gradient(problem, gradient))
+        gradient, draws = ways.grad_output, samples.draws if problem.draws else 1
+        pruned = partial(pruned_gradient, problem, gradient)
+        sample_gradient(samples, of, gradient, pruned, draws=draws)
     with sampling(samples, of), span("total", problem.device):
         return _computed(route, ways)
 

@@ -57,6 +57,7 @@ def linear(
 
     Raises:
         TypeError: config is not an SDGPConfig.
+        ValueError: it has a schedule.
         NotSupportedError: in backward, where the wanted backend cannot run the product and
             ``config.on_unsupported`` is "raise".
         SDGPError: in double backward.
@@ -67,7 +68,7 @@ def linear(
     Source:
         SDGP (arXiv 2202.00774), section on the data gradient.
     """
-    check_config("linear", config)
+    _check_constant("linear", config)
     input, weight, bias = _autocast(input, weight, bias)
     output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, *_choices(config, record)
@@ -109,13 +110,13 @@ def conv2d(
 
     Raises:
         TypeError: config is not an SDGPConfig.
-        ValueError: padding is an unknown word, or "same" with a stride.
+        ValueError: config has a schedule, padding is an unknown word, or "same" with a stride.
         NotSupportedError, SDGPError: as ``linear``.
 
     Source:
         SDGP (arXiv 2202.00774); groups along channels whatever the memory format is.
     """
-    check_config("conv2d", config)
+    _check_constant("conv2d", config)
     input, weight, bias = _autocast(input, weight, bias)
     stride, dilation = _pair(stride), _pair(dilation)
     input, pads = _resolve_padding(input, weight, stride, padding, dilation)
@@ -125,6 +126,13 @@ def conv2d(
         batched, weight, bias, *_choices(config, record), *ops.flat_geometry(conv)
     )
     return output if input.ndim == 4 else output.squeeze(0)
+
+
+def _check_constant(function: str, config: SDGPConfig) -> None:
+    check_config(function, config)
+    if config.schedule is not None:
+        fix = "Pass config.at(step); only layers that convert_ made follow a schedule."
+        raise value_error(function, "config", "one without a schedule", config.describe(), fix)
 
 
 def _choices(config: SDGPConfig, record: LayerRecord | None) -> tuple[bool, bool, str, int]:

@@ -14,20 +14,31 @@ from sdgp_cusparselt.config import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error
 from sdgp_cusparselt.records import LayerRecord
 
-_STATE = ("sdgp_config", "sdgp_enabled", "sdgp_record", "sdgp_dense_class")
+_STATE = (
+    "sdgp_config",
+    "sdgp_base_config",
+    "sdgp_step",
+    "sdgp_enabled",
+    "sdgp_record",
+    "sdgp_dense_class",
+)
 
 
 class SDGPModule(nn.Module):
     """What the three layers share: configuration, an on/off switch, a record, the way back.
 
     Attributes:
-        sdgp_config: how this layer prunes.
+        sdgp_config: how this layer prunes now.
+        sdgp_base_config: what it was converted with; differs where that has a schedule.
+        sdgp_step: optimizer steps that ``sdgp.step`` counted.
         sdgp_enabled: False runs the layer exactly as its dense class does.
         sdgp_record: calls and fallbacks of this layer.
         sdgp_dense_class: the class that ``to_dense`` and ``revert_`` restore.
     """
 
     sdgp_config: SDGPConfig
+    sdgp_base_config: SDGPConfig
+    sdgp_step: int
     sdgp_enabled: bool
     sdgp_record: LayerRecord
     sdgp_dense_class: type[nn.Module]
@@ -62,10 +73,17 @@ class SDGPModule(nn.Module):
         """Whether this forward needs the pruned backward at all."""
         return self.sdgp_enabled and torch.is_grad_enabled()
 
+    def sdgp_set_step(self, step: int) -> None:
+        """Take the configuration that holds at a step of the schedule."""
+        self.sdgp_config = self.sdgp_base_config.at(step)
+        self.sdgp_step = step
+
     def extra_repr(self) -> str:
         """Return the dense layer's own description and the active pruning."""
         dense = super().extra_repr()
-        state = self.sdgp_config.describe() + ("" if self.sdgp_enabled else ", disabled")
+        schedule = self.sdgp_base_config.schedule
+        when = "" if schedule is None else f" at step {self.sdgp_step} ({schedule.describe()})"
+        state = self.sdgp_config.describe() + when + ("" if self.sdgp_enabled else ", disabled")
         return f"{dense}, sdgp={state}" if dense else f"sdgp={state}"
 
 
@@ -164,15 +182,34 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
         rule = "an nn.Linear, nn.Conv2d or transformers Conv1D"
         raise type_error("adopt_", "module", rule, type(module), "Other layers stay dense.")
     check_config("adopt_", config)
-    state = (config, True, LayerRecord(name or type(module).__name__), type(module))
+    state = (
+        config.at(0),
+        config,
+        0,
+        True,
+        LayerRecord(name or type(module).__name__),
+        type(module),
+    )
     module.__dict__.update(zip(_STATE, state, strict=True))
     module.__class__ = target
 
 
+def check_releasable(function: str, module: nn.Module) -> None:
+    """Raise TypeError unless module is of one of our own classes, and of no subclass."""
+    if type(module) not in (SDGPLinear, SDGPConv2d, SDGPConv1D):
+        rule = "an SDGP layer whose class nothing else changed since"
+        fix = "Convert it first; where fully_shard wrapped the layer itself, revert_ before that."
+        raise type_error(function, "module", rule, type(module).__name__, fix)
+
+
 def release_(module: nn.Module) -> None:
-    """Turn an SDGP layer back into its dense class, in place."""
-    if not isinstance(module, SDGPModule):
-        raise type_error("release_", "module", "an SDGP layer", type(module), "Convert it first.")
+    """Turn an SDGP layer back into its dense class, in place.
+
+    Raises:
+        TypeError: module is no SDGP layer, or something else changed its class since.
+    """
+    check_releasable("release_", module)
+    assert isinstance(module, SDGPModule)
     dense_class = module.sdgp_dense_class
     module.__class__ = dense_class  # type: ignore[assignment]
     for name in _STATE:

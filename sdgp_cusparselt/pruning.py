@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt import cpu
-from sdgp_cusparselt.config import check_pattern, checked_int
 from sdgp_cusparselt.errors import type_error, value_error
+from sdgp_cusparselt.patterns import check_pattern, checked_int
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FNUZ = tuple(

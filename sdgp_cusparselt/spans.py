@@ -31,11 +31,18 @@ class Samples:
         times: (product, part) -> functions that give microseconds, and wait for the device if it
             is not done yet.
         errors: product -> six sums on the device, see ``gradient_sums``.
+        moments: product -> two numbers on the device, see ``moment_sums``, for the same calls.
+        draws: how often a method that draws is drawn for the moments of one call; 1 for no more
+            than the errors need.
+        taken: product -> calls whose gradient error was sampled, kept or not.
         seen: product -> calls, sampled or not.
     """
 
     times: dict[tuple[str, str], deque[Reading]] = field(default_factory=dict)
     errors: dict[str, deque[Tensor]] = field(default_factory=dict)
+    moments: dict[str, deque[Tensor]] = field(default_factory=dict)
+    draws: int = 1
+    taken: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
 
     def due(self, product: str, every: int, device: torch.device) -> bool:
@@ -63,14 +70,32 @@ class Samples:
 
         Samples with an Inf or NaN, as a loss scaler provokes them, are counted and left out.
         """
-        sums = [s.tolist() for s in list(self.errors.get(product, ()))]
-        measures = [_measures(s) for s in sums if all(abs(v) < float("inf") for v in s)]
+        return self._error_of_last(product, KEPT, with_moments=False)
+
+    def gradient_moments(self, product: str, last: int) -> dict[str, float] | None:
+        """Return what ``gradient_error`` does for the last samples, and their bias and variance.
+
+        bias is |E p - g| / |g| and variance E |p - E p|^2 / |g|^2, g the gradient and p its pruned
+        form, so that relative_l2^2 = bias^2 + variance for the average over draws.
+        """
+        return self._error_of_last(product, last, with_moments=True)
+
+    def _error_of_last(
+        self, product: str, last: int, *, with_moments: bool
+    ) -> dict[str, float] | None:
+        errors = list(self.errors.get(product, ()))[-last:] if last else []
+        rows = [_measures(s) if _all_finite(s) else None for s in (e.tolist() for e in errors)]
+        names = ["relative_l2", "cosine", "kept_l1"]
+        if with_moments:
+            names += ["bias", "variance"]
+            moments = [_bias_and_variance(m.tolist()) for m in list(self.moments[product])[-last:]]
+            rows = [r and r + m for r, m in zip(rows, moments, strict=True)]
+        measures = [row for row in rows if row is not None]
         if not measures:
             return None
-        names = ("relative_l2", "cosine", "kept_l1")
         columns = zip(*measures, strict=True)
         result = {n: statistics.median(c) for n, c in zip(names, columns, strict=True)}
-        return {**result, "samples": len(measures), "not_finite": len(sums) - len(measures)}
+        return {**result, "samples": len(measures), "not_finite": len(rows) - len(measures)}
 
 
 class _Local(threading.local):
@@ -124,7 +149,12 @@ def nvtx_enabled() -> bool:
 
 
 def sample_gradient(
-    samples: Samples, product: str, grad_output: Tensor, pruned: Callable[[], Tensor]
+    samples: Samples,
+    product: str,
+    grad_output: Tensor,
+    pruned: Callable[[], Tensor],
+    *,
+    draws: int = 1,
 ) -> None:
     """Keep how far a pruned gradient is from the dense one.
 
@@ -133,10 +163,44 @@ def sample_gradient(
         product: grad_input or grad_weight.
         grad_output: [...] the dense gradient.
         pruned: returns [...] the pruned one; what it draws does not move torch's generators.
+        draws: how often to call ``pruned`` for bias and variance.
     """
     with torch.no_grad(), generators_kept(grad_output.device):
-        sums = gradient_sums(grad_output, pruned())
+        first = pruned()
+        sums = gradient_sums(grad_output, first)
+        moments = moment_sums(grad_output, first, pruned, draws)
     samples.errors.setdefault(product, deque(maxlen=KEPT)).append(sums)
+    samples.moments.setdefault(product, deque(maxlen=KEPT)).append(moments)
+    samples.taken[product] += 1
+
+
+def moment_sums(grad: Tensor, first: Tensor, pruned: Callable[[], Tensor], draws: int) -> Tensor:
+    """Return unbiased estimates of |E p - g|^2 and E |p - E p|^2, over |g|^2.
+
+    Over R draws with mean a: variance = sum |p - a|^2 / (R - 1); and because a itself scatters by
+    variance / R around E p, squared bias = |a - g|^2 - variance / R, which may come out below 0.
+
+    Args:
+        grad: [...] float.
+        first: [...] the first draw.
+        pruned: returns another draw.
+        draws: R; 1 takes the method for one that does not draw.
+
+    Returns:
+        [2] float32 on grad's device; nothing waits.
+    """
+    scale = grad.float().abs().amax() if grad.numel() else grad.new_ones((), dtype=torch.float32)
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    g = grad.float() / scale
+    mean, scatter = first.float() / scale, torch.zeros_like(g)
+    for number in range(2, draws + 1):  # Welford: nothing but two tensors is kept
+        p = pruned().float() / scale
+        step = p - mean
+        mean = mean + step / number
+        scatter = scatter + step * (p - mean)
+    variance = scatter.sum() / max(draws - 1, 1)
+    bias = (mean - g).square().sum() - variance / draws
+    return torch.stack([bias, variance]) / g.square().sum().clamp_min(1e-30)
 
 
 def gradient_sums(grad: Tensor, pruned: Tensor) -> Tensor:
@@ -165,7 +229,16 @@ def generators_kept(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _measures(sums: list[float]) -> tuple[float, float, float]:
+def _all_finite(sums: list[float]) -> bool:
+    return all(abs(value) < float("inf") for value in sums)
+
+
+def _bias_and_variance(moments: list[float]) -> tuple[float, ...]:
+    squared_bias, variance = moments
+    return max(squared_bias, 0.0) ** 0.5, variance
+
+
+def _measures(sums: list[float]) -> tuple[float, ...]:
     error, inner, grad, pruned, mass, kept = sums
     if grad == 0:
         return 0.0, 1.0, 1.0

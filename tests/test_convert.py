@@ -257,7 +257,9 @@ def test_a_filter_that_raises_leaves_the_model_alone() -> None:
     "args, kwargs, words",
     [
         (("model",), {}, "model must be an nn.Module, got str"),
-        ((nn.Linear(8, 8), {"n": 2}), {}, "config must be an SDGPConfig, got dict"),
+        ((nn.Linear(8, 8), 2), {}, "config must be an SDGPConfig, got int"),
+        ((nn.Linear(8, 8), {"n": 2}), {}, r"config\['n'\] must be an SDGPConfig or None, got int"),
+        ((nn.Linear(8, 8), {3: None}), {}, "config must be keyed by strings, got 3"),
         ((nn.Linear(8, 8),), {"filter_fn": "conv"}, "filter_fn must be callable, got str"),
     ],
 )

@@ -20,6 +20,8 @@ ORDER = {
     ],
     "sdgp_cusparselt": [
         "errors cache arrays versions equivalence spans cpu",
+        "patterns",
+        "schedule",
         "config",
         "pruning",
         "packing.layout",
@@ -50,7 +52,7 @@ ORDER = {
         "functional",
         "nn",
         "convert",
-        "telemetry",
+        "stepping telemetry",
         "training",
         "diagnostics planner selfcheck",
         "__init__",

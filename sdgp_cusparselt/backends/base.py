@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.patterns import STOCHASTIC
 
 Product = Literal["grad_input", "grad_weight"]
 
@@ -57,6 +58,13 @@ class Problem:
     channels_last: bool = True
     dense_order: Literal["row", "col"] = "row"
     spatial: tuple[int, ...] = ()
+
+    @property
+    def draws(self) -> bool:
+        """Whether its pruning draws random numbers."""
+        config = self.config
+        method = config.prune if self.product == "grad_input" else config.grad_weight_prune
+        return method in STOCHASTIC
 
     def describe(self) -> str:
         """Return the product's inputs, one per line, for an error message."""

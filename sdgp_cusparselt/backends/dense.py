@@ -41,7 +41,7 @@ class DenseBackend(Backend):
         if config.prune == "magnitude" and weight.device.type == "cpu" and not is_sampling():
             return _by_chunks(grad_output, weight, config)
         with span("prune", weight.device):
-            pruned = prune(grad_output, method=config.prune, n=config.n, m=config.m)
+            pruned = prune_features(grad_output, config)
         with span("dense", weight.device):
             return dense_linear_grad_input(pruned, weight)
 
@@ -99,7 +99,7 @@ def _by_chunks(grad_output: Tensor, weight: Tensor, config: SDGPConfig) -> Tenso
     out = flat.new_empty((flat.shape[0], weight.shape[1]))
     for start in range(0, flat.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        pruned = prune(flat[rows], method=config.prune, n=config.n, m=config.m)
+        pruned = prune_features(flat[rows], config)
         torch.mm(pruned, weight, out=out[rows])
     return out.view(*grad_output.shape[:-1], weight.shape[1])
 
@@ -112,8 +112,22 @@ def pruned_gradient(problem: Problem, grad_output: Tensor) -> Tensor:
             prune_tokens(grad_output, config) if conv is None else prune_pixels(grad_output, config)
         )
     if conv is None:
-        return prune(grad_output, method=config.prune, n=config.n, m=config.m)
+        return prune_features(grad_output, config)
     return prune_channels(grad_output, conv.groups, config)
+
+
+def prune_features(grad_output: Tensor, config: SDGPConfig) -> Tensor:
+    """Prune [..., out_features] along the features, over which grad_input reduces."""
+    kept = prune(grad_output, method=config.prune, n=config.n, m=config.m)
+    return decayed(kept, grad_output, config.beta)
+
+
+def decayed(kept: Tensor, grad_output: Tensor, beta: float) -> Tensor:
+    """Return kept + beta * (grad_output - kept), where unscaled kept values keep their bits."""
+    if not 0 < beta < 1:
+        return kept if beta == 0 else grad_output
+    # An Inf that is kept would become Inf - Inf.
+    return torch.where(kept == grad_output, kept, kept + beta * (grad_output - kept))
 
 
 def prune_tokens(grad_output: Tensor, config: SDGPConfig) -> Tensor:
@@ -132,10 +146,12 @@ def prune_channels(grad_output: Tensor, groups: int, config: SDGPConfig) -> Tens
     """Prune [N, C, H, W] along the channels that one product reduces over: those of a group."""
     pattern = {"method": config.prune, "n": config.n, "m": config.m}
     if groups == 1:
-        return prune(grad_output, dim=1, scale_dims=(2, 3), **pattern)  # type: ignore[arg-type]
-    grouped = torch.unflatten(grad_output, 1, (groups, -1))
-    pruned = prune(grouped, dim=2, scale_dims=(3, 4), **pattern)  # type: ignore[arg-type]
-    return pruned.flatten(1, 2)
+        kept = prune(grad_output, dim=1, scale_dims=(2, 3), **pattern)  # type: ignore[arg-type]
+    else:
+        grouped = torch.unflatten(grad_output, 1, (groups, -1))
+        kept = prune(grouped, dim=2, scale_dims=(3, 4), **pattern)  # type: ignore[arg-type]
+        kept = kept.flatten(1, 2)
+    return decayed(kept, grad_output, config.beta)
 
 
 def dense_linear_grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:

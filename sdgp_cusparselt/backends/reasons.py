@@ -4,6 +4,7 @@ import torch
 
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem
 from sdgp_cusparselt.backends.plans import DATA_TYPES, DENSE_MULTIPLE, STRUCTURED_MULTIPLE
+from sdgp_cusparselt.patterns import HARDWARE_PATTERNS
 
 #: The library counts the elements of a matrix in 32 bits.
 MAX_ELEMENTS = 2**31 - 1
@@ -16,8 +17,10 @@ def pattern_reasons(problem: Problem) -> list[str]:
         reasons.append("float32 runs 1:2 on sparse tensor cores, not 2:4; use bfloat16 autocast")
     elif problem.dtype not in DATA_TYPES:
         reasons.append(f"{problem.dtype} is neither bfloat16 nor float16")
-    if not config.on_hardware:
+    if (config.n, config.m) not in HARDWARE_PATTERNS:
         reasons.append(f"{config.n}:{config.m} does not fit the 2:4 format; it is emulated")
+    if config.decays and problem.product == "grad_input":
+        reasons.append("mask decay (0 < beta < 1) leaves no zeros to skip; it is emulated")
     return reasons
 
 

@@ -15,9 +15,9 @@ from rich.table import Table
 from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
-from sdgp_cusparselt.config import METHODS
 from sdgp_cusparselt.convert import is_head
 from sdgp_cusparselt.nn import SDGPConv1D, sdgp_class_of
+from sdgp_cusparselt.patterns import METHODS
 from sdgp_cusparselt.planner.gemms import DENSE_MULTIPLE, SPARSE_MULTIPLE, trace_step
 from sdgp_cusparselt.planner.gemms import Gemm as TracedGemm
 from sdgp_cusparselt.planner.models import PRESETS, load

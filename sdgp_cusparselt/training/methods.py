@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import cast
 
-from sdgp_cusparselt.config import METHODS, BackendName, PruneMethod, SDGPConfig
+from sdgp_cusparselt.config import BackendName, SDGPConfig
 from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.patterns import METHODS, PruneMethod
 
 DENSE = "dense"
 

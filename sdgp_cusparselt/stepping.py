@@ -1,0 +1,117 @@
+"""step, step_with and the state of schedules: what moves a converted model through its phases."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sdgp_cusparselt.convert import converted_layers
+from sdgp_cusparselt.errors import type_error, value_error
+from sdgp_cusparselt.patterns import checked_int
+
+
+def step(model: nn.Module) -> int:
+    """Tell a converted model that the optimizer took a step; call it once after each.
+
+    Layers whose phase ends take their next configuration. Code that ``torch.compile`` made of them
+    is compiled anew once for each phase, and kept.
+
+    Args:
+        model: any module with converted layers, wrapped or not.
+
+    Returns:
+        Optimizer steps counted so far.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it has no converted layer, or its layers count different steps.
+    """
+    count = _count("step", model) + 1
+    for _, layer in converted_layers("step", model):
+        layer.sdgp_set_step(count)
+    return count
+
+
+def step_with(optimizer: Any, model: nn.Module) -> RemovableHandle:
+    """Call ``step(model)`` after every ``optimizer.step()`` that is really taken.
+
+    A step that a loss scaler skips is not counted.
+
+    Args:
+        optimizer: a torch optimizer, or Accelerate's or Lightning's wrapper of one; of several
+            take one.
+        model: any module with converted layers, wrapped or not.
+
+    Returns:
+        Handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: optimizer is no torch optimizer, or model no module.
+        ValueError: model has no converted layer.
+    """
+    # Wrappers call themselves optimizers, but take no hooks of their own.
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        got = type(optimizer).__name__
+        fix = "Pass what torch.optim made."
+        raise type_error("step_with", "optimizer", "a torch.optim.Optimizer", got, fix)
+    _count("step_with", model)
+    return optimizer.register_step_post_hook(lambda *_: _counted(model))
+
+
+def schedule_state(model: nn.Module) -> dict[str, Any]:
+    """Return where a converted model stands in its schedule, to be saved beside its state dict.
+
+    The state dict itself has the keys of the plain model, so that both load each other's.
+
+    Args:
+        model: any module with converted layers, wrapped or not.
+
+    Returns:
+        Plain types: {"step": optimizer steps counted}.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it has no converted layer, or its layers count different steps.
+    """
+    return {"step": _count("schedule_state", model)}
+
+
+def load_schedule_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put a converted model where ``schedule_state`` says that another one stood.
+
+    Args:
+        model: any module with converted layers, wrapped or not.
+        state: what ``schedule_state`` returned.
+
+    Raises:
+        TypeError: model is no module, or state no such dictionary.
+        ValueError: model has no converted layer, or the step is negative. It is then unchanged.
+    """
+    layers = converted_layers("load_schedule_state", model)
+    if not isinstance(state, Mapping) or set(state) != {"step"}:
+        rule, fix = 'a dictionary with the key "step"', "Pass what schedule_state returned."
+        raise type_error("load_schedule_state", "state", rule, repr(state), fix)
+    count = checked_int("load_schedule_state", "state['step']", state["step"])
+    if count < 0:
+        fix = "Pass what schedule_state returned."
+        raise value_error("load_schedule_state", "state['step']", ">= 0", count, fix)
+    for _, layer in layers:
+        layer.sdgp_set_step(count)
+
+
+def _counted(model: nn.Module) -> None:
+    step(model)
+
+
+def _count(function: str, model: nn.Module) -> int:
+    """Return the steps that every layer of model counted."""
+    counts = {layer.sdgp_step for _, layer in converted_layers(function, model)}
+    if len(counts) > 1:
+        fix = "Bring them together with sdgp.load_schedule_state(model, {'step': n})."
+        rule = "one whose layers count the same steps"
+        raise value_error(function, "model", rule, sorted(counts), fix)
+    return counts.pop()
