@@ -41,6 +41,7 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/figures.py
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/accuracy.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Training to stated accuracy, fresh environments: minutes each.
@@ -49,6 +50,7 @@ test-slow: $(STAMP)
 
 # What a CPU can measure: the fallback, the reference packer, the binding, all as ratios in one run.
 bench: $(STAMP)
+	mkdir -p build
 	$(BIN)/python -m pytest -q bench -k cpu --benchmark-json=build/bench-cpu.json
 
 # Everything that only a GPU can show; uses the python on the PATH, so that it runs in a checkout.

@@ -32,14 +32,21 @@ Function = Callable[[], object]
 
 
 def host_seconds(functions: dict[str, Function]) -> dict[str, float]:
-    """Return the median seconds of each function, measured in turn so that drift hits all."""
+    """Return the median CPU seconds of each function on one thread, measured in turns.
+
+    CPU time, so that another program does not count; before each timed call one that is not,
+    because what another function freed costs the next call page faults.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(ROUNDS + 2):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(ROUNDS):
         for name, function in functions.items():
-            start = time.perf_counter()
             function()
-            if round_number >= 2:
-                times[name].append(time.perf_counter() - start)
+            start = time.process_time()
+            function()
+            times[name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -83,7 +90,7 @@ def test_cpu_reference_pack_over_prune(benchmark) -> None:
     )
     ratios = {name: seconds / found["prune"] for name, seconds in found.items()}
     milliseconds = {name: seconds * 1e3 for name, seconds in found.items()}
-    benchmark.extra_info.update(ms=milliseconds, ratios=ratios, threads=torch.get_num_threads())
+    benchmark.extra_info.update(ms=milliseconds, ratios=ratios, threads=1)
     print(f"\nprune {milliseconds['prune']:.1f} ms; ratios {ratios}")
     benchmark.pedantic(lambda: pack_gradient(x, backend="reference"), rounds=3, warmup_rounds=1)
     assert ratios["pack"] <= 3

@@ -12,6 +12,7 @@ from sdgp_cusparselt import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("check", "compare every backend of this machine with float64; exit code 1 if wrong"),
     "info": ("info", "print an environment report; never fails"),
+    "bench": ("bench", "measure prune, pack, products, layers and steps beside their rivals"),
     "plan": ("plan", "predict dense and SDGP time of a model's training step, GEMM by GEMM"),
     "train": ("train", "train dense and pruned networks side by side on real data"),
     "tune": ("tune", "prove and time cuSPARSELt's algorithms on this GPU, ahead of training"),

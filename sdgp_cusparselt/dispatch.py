@@ -14,7 +14,7 @@ from sdgp_cusparselt.backends.dense import DenseBackend, pruned_gradient
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.backends.plans import is_capturing
 from sdgp_cusparselt.checking import fault
-from sdgp_cusparselt.errors import NotSupportedError, SDGPFallbackWarning
+from sdgp_cusparselt.errors import EquivalenceError, NotSupportedError, SDGPFallbackWarning
 from sdgp_cusparselt.records import LayerRecord
 from sdgp_cusparselt.spans import sample_gradient, sampling, span
 from sdgp_cusparselt.tuning import Decision, Rival, decision_for, note
@@ -90,7 +90,17 @@ def run(problem: Problem, record: LayerRecord, ways: Ways) -> Tensor:
         The product.
 
     Raises:
+        NotSupportedError, EquivalenceError: see ``settle``.
+    """
+    return compute(problem, settle(problem, record, ways), record, ways)
+
+
+def settle(problem: Problem, record: LayerRecord, ways: Ways) -> Route:
+    """Return the way that a call takes, counted, announced and, where it is due, checked.
+
+    Raises:
         NotSupportedError: if the wanted backend cannot run it and ``on_unsupported`` is "raise".
+        EquivalenceError: likewise, if a sparse product fails its check.
     """
     route = record.routes.get(problem)
     if route is None:
@@ -98,7 +108,12 @@ def run(problem: Problem, record: LayerRecord, ways: Ways) -> Tensor:
     announce(problem, route, record)
     every, number = problem.config.check_every, record.calls[problem.product, route.name]
     if every and (number - 1) % every == 0 and not _holds(problem, route, record, ways):
-        return run(problem, record, ways)
+        return settle(problem, record, ways)
+    return route
+
+
+def compute(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> Tensor:
+    """Compute a product by a settled route, sampled where that is due."""
     samples, of = record.samples, problem.product
     if not samples.due(of, problem.config.telemetry_every, problem.device):
         return _computed(route, ways)
@@ -182,7 +197,11 @@ def _decision(problem: Problem, backend: CusparseLtBackend, ways: Ways) -> Decis
 
 
 def _holds(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> bool:
-    """Check a sparse product; where it fails, bar the layer from it and say so."""
+    """Check a sparse product; where it fails, bar the layer from it.
+
+    Raises:
+        EquivalenceError: it failed, and falling back is forbidden.
+    """
     backend, candidate = route.backend, route.candidate
     if not isinstance(backend, CusparseLtBackend) or candidate is None:
         return True
@@ -191,8 +210,11 @@ def _holds(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> b
     found = fault(problem, backend, candidate, *ways.operands())
     if found is None:
         return True
-    record.broken[problem.product] = f"it failed a check against dense: {found}"
+    reason = f"it failed a check against dense: {found}"
+    record.broken[problem.product] = reason
     record.routes.clear()
+    if problem.config.on_unsupported == "raise":
+        raise EquivalenceError(f"{record.name}: {problem.product} is not used: {reason}")
     return False
 
 

@@ -1,5 +1,21 @@
 """Exceptions and warnings of the upper layer; ``pycusparselt.errors`` has the binding's own."""
 
+from pycusparselt.errors import CusparseLtError, LibraryNotFoundError, PlanStateError
+
+__all__ = [
+    "CusparseLtError",
+    "EquivalenceError",
+    "LibraryNotFoundError",
+    "NotSupportedError",
+    "PlanStateError",
+    "SDGPCacheWarning",
+    "SDGPError",
+    "SDGPFallbackWarning",
+    "message",
+    "type_error",
+    "value_error",
+]
+
 
 class SDGPError(Exception):
     """Base class of everything this package raises on its own account."""

@@ -170,15 +170,32 @@ class _Linear(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         with torch.no_grad():
-            flat = grad_output.reshape(-1, grad_output.shape[-1])
-            if ctx.needs_input_grad[0]:
-                grad_input = _linear_grad_input(grad_output, weight, ctx)
-            if ctx.needs_input_grad[1]:
-                tokens = input.reshape(-1, input.shape[-1])
-                grad_weight = _linear_grad_weight(flat, tokens, ctx)
+            flat = _tokens(grad_output)
+            if ctx.prunes and ctx.sparse_grad_weight and all(ctx.needs_input_grad[:2]):
+                grad_input, grad_weight = _linear_grads(grad_output, weight, _tokens(input), ctx)
+            else:
+                if ctx.needs_input_grad[0]:
+                    grad_input = _linear_grad_input(grad_output, weight, ctx)
+                if ctx.needs_input_grad[1]:
+                    grad_weight = _linear_grad_weight(flat, _tokens(input), ctx)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0)
         return _once(ctx, grad_output, grad_input, grad_weight, grad_bias, *[None] * 4)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _linear_grads(
+    grad_output: Tensor, weight: Tensor, tokens: Tensor, ctx: Any
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        both: tuple[Tensor, Tensor] = ops.linear_grads(
+            grad_output, weight, tokens, ctx.config, ctx.token
+        )
+        return both
+    return products.linear_grads(grad_output, weight, tokens, *_looked_up(ctx))
 
 
 def _linear_grad_input(grad_output: Tensor, weight: Tensor, ctx: Any) -> Tensor:

@@ -109,6 +109,25 @@ def _(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
     return grad_output.new_empty((grad_output.shape[1], input.shape[1]))
 
 
+@torch.library.custom_op("sdgp::linear_grads", mutates_args=(), tags=_TAGS)
+def linear_grads(
+    grad_output: Tensor, weight: Tensor, input: Tensor, config: str, token: int
+) -> tuple[Tensor, Tensor]:
+    """Return grad_input and grad_weight of a linear layer; from one read where both are sparse."""
+    grad_input, grad_weight = products.linear_grads(
+        grad_output, weight, input, SDGPConfig.from_text(config), record_of(token)
+    )
+    return grad_input.contiguous(), grad_weight.contiguous()
+
+
+@linear_grads.register_fake
+def _(
+    grad_output: Tensor, weight: Tensor, input: Tensor, config: str, token: int
+) -> tuple[Tensor, Tensor]:
+    grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
+    return grad_input, grad_output.new_empty((weight.shape[0], input.shape[1]))
+
+
 @torch.library.custom_op("sdgp::conv2d_grad_input", mutates_args=(), tags=_TAGS)
 def conv2d_grad_input(
     grad_output: Tensor,

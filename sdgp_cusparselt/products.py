@@ -9,13 +9,14 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends import convolution
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import (
     dense_conv2d_grad_input,
     dense_conv2d_grad_parameters,
     dense_linear_grad_input,
 )
 from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.dispatch import Ways, run
+from sdgp_cusparselt.dispatch import Ways, compute, run, settle
 from sdgp_cusparselt.records import LayerRecord
 from sdgp_cusparselt.tuning import MATMUL, Rival
 
@@ -24,6 +25,47 @@ def linear_grad_input(
     grad_output: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRecord
 ) -> Tensor:
     """Return prune(grad_output) @ weight: [..., K] @ [K, N] -> [..., N]."""
+    problem, ways = _for_input(grad_output, weight, config)
+    return run(problem, record, ways)
+
+
+def linear_grad_weight(
+    grad_output: Tensor, input: Tensor, config: SDGPConfig, record: LayerRecord
+) -> Tensor:
+    """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
+    problem, ways = _for_weight(grad_output, input, config)
+    return run(problem, record, ways)
+
+
+def linear_grads(
+    grad_output: Tensor, weight: Tensor, input: Tensor, config: SDGPConfig, record: LayerRecord
+) -> tuple[Tensor, Tensor]:
+    """Return both products; where both run sparse, from one read of grad_output.
+
+    Args:
+        grad_output: [..., out_features].
+        weight: [out_features, in_features].
+        input: [tokens, in_features].
+        config: how to prune for each.
+        record: of the layer.
+    """
+    flat = grad_output.reshape(-1, grad_output.shape[-1])
+    pairs = (_for_input(grad_output, weight, config), _for_weight(flat, input, config))
+    routes = [settle(problem, record, ways) for problem, ways in pairs]
+    backend = routes[0].backend
+    chosen = [route.candidate for route in routes if route.candidate is not None]
+    # A sampled layer reports each product by itself.
+    together = len(chosen) == 2 and not config.telemetry_every
+    if isinstance(backend, CusparseLtBackend) and together:
+        return backend.linear_grads(grad_output, weight, input, config, (chosen[0], chosen[1]))
+    first, second = (
+        compute(problem, route, record, ways)
+        for (problem, ways), route in zip(pairs, routes, strict=True)
+    )
+    return first, second
+
+
+def _for_input(grad_output: Tensor, weight: Tensor, config: SDGPConfig) -> tuple[Problem, Ways]:
     k, n = weight.shape
     m = grad_output.numel() // max(k, 1)
     column_major = weight.stride() == (1, k) != (n, 1)
@@ -46,13 +88,10 @@ def linear_grad_input(
         lambda: MATMUL,
         grad_output,
     )
-    return run(problem, record, ways)
+    return problem, ways
 
 
-def linear_grad_weight(
-    grad_output: Tensor, input: Tensor, config: SDGPConfig, record: LayerRecord
-) -> Tensor:
-    """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
+def _for_weight(grad_output: Tensor, input: Tensor, config: SDGPConfig) -> tuple[Problem, Ways]:
     k, m = grad_output.shape
     dtype, device = grad_output.dtype, grad_output.device
     problem = Problem("grad_weight", m, input.shape[1], k, dtype, device, config)
@@ -65,7 +104,7 @@ def linear_grad_weight(
         lambda: MATMUL,
         grad_output,
     )
-    return run(problem, record, ways)
+    return problem, ways
 
 
 def conv2d_grad_input(

@@ -11,6 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt import cpu
 from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.patterns import check_pattern, checked_int
 
@@ -142,11 +143,18 @@ def _prune_groups(
         return _select(groups, _random_mask(groups, at, n, m, generator))
     if method == "mvue":
         return _mvue(groups, at, n, generator)
+    return _by_magnitude(groups, at, n)
+
+
+def _by_magnitude(groups: Tensor, at: int, n: int) -> Tensor:
+    if groups.shape[at] == 4 and groups.dtype not in _FNUZ and cpu.usable(groups, at):
+        bits = groups.view(_BITS[groups.element_size()])
+        return cpu.top_of_four(bits, n).view(groups.dtype)
     return _select(groups, _magnitude_mask(groups, at, n))
 
 
 def _rescaled(x: Tensor, n: int, m: int, dim: int, scale_dims: list[int]) -> Tensor:
-    kept = _on_groups(x, m, dim, lambda g, at: _select(g, _magnitude_mask(g, at, n)))
+    kept = _on_groups(x, m, dim, lambda g, at: _by_magnitude(g, at, n))
     if not scale_dims:
         return kept
     total, kept_sum = (_abs_sum(t, scale_dims) for t in (x, kept))
@@ -245,7 +253,7 @@ def _mvue(groups: Tensor, at: int, n: int, generator: torch.Generator | None) ->
     estimate = torch.where((points > before) & (p > 0), x / p, torch.zeros_like(x))
     estimate = torch.where(p == 1, x, estimate).to(groups.dtype)
     finite = torch.isfinite(largest)
-    by_magnitude = _select(groups, _magnitude_mask(groups, at, n))
+    by_magnitude = _by_magnitude(groups, at, n)
     if groups.element_size() == 1:  # torch.where knows no fp8
         bits = torch.where(finite, estimate.view(torch.int8), by_magnitude.view(torch.int8))
         return bits.view(groups.dtype)

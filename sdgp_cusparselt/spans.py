@@ -117,6 +117,11 @@ def sampling(samples: Samples, product: str) -> Iterator[None]:
         _local.sink = before
 
 
+def is_sampling() -> bool:
+    """Whether spans of this thread are being timed, part by part."""
+    return _local.sink is not None
+
+
 def span(part: str, device: torch.device) -> AbstractContextManager[Any]:
     """Return a context that times its body where this thread samples, and names it for NVTX.
 

@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU kernels run in Triton's interpreter. Triton reads this when it is first imported,
+# by whichever test module comes first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none; fail it where SDGP_REQUIRE_GPU=1 promises one."""

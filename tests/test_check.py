@@ -63,12 +63,18 @@ def outcomes(path: Path, *arguments: str) -> tuple[int, dict[str, object]]:
 
 
 def test_every_backend_passes_and_cases_it_cannot_run_have_reasons(
-    emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    emulator: Emulator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # One of each kind and product, with odd tokens and strides, and a 3x3.
+    cases = (*CASES[1::4], CASES[10])
+    monkeypatch.setattr("sdgp_cusparselt.commands.check.CASES", cases)
     code, document = outcomes(tmp_path / "check.json")
     assert code == 0 and document["mismatches"] == 0 and document["unavailable"] == {}
     lines = document["outcomes"]
-    assert len(lines) == 2 * len(CASES) * len(DTYPES)
+    assert len(lines) == 2 * len(cases) * len(DTYPES)
     for line in lines:
         assert line["status"] == "ok" or (line["status"], bool(line["detail"])) == ("not run", True)
     dense = [line["status"] for line in lines if line["backend"] == "dense"]

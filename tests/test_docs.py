@@ -101,8 +101,8 @@ def run_blocks(page: Path, text: str, folder: Path) -> subprocess.CompletedProce
     )
 
 
-def load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def load_generator(name: str = "generate") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -147,6 +147,14 @@ def test_right_blocks_pass_and_share_their_names_and_folder(tmp_path: Path) -> N
     )
     done = run_blocks(ROOT / "README.md", text, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_accuracy_in_the_readme_is_what_the_result_files_say() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    module = load_generator("accuracy")
+    assert len(module.BLOCK.findall(text)) >= 2
+    assert module.with_accuracy(text) == text, "run: python docs/accuracy.py"
+    assert module.with_accuracy(text.replace(" ± ", " + ")) == text
 
 
 def test_predictions_in_the_docs_are_what_the_planner_says() -> None:

@@ -19,7 +19,7 @@ ORDER = {
         "__init__",
     ],
     "sdgp_cusparselt": [
-        "errors cache arrays versions equivalence spans",
+        "errors cache arrays versions equivalence spans cpu",
         "patterns",
         "schedule",
         "config",
@@ -40,7 +40,7 @@ ORDER = {
         "backends.base",
         "backends.dense",
         "backends.plans backends.machine",
-        "backends.convolution backends.float16",
+        "backends.convolution backends.float16 backends.reasons",
         "backends.cusparselt",
         "backends.selftest",
         "backends.__init__",

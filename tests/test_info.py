@@ -4,11 +4,17 @@ import json
 import subprocess
 import sys
 
+import pycusparselt
 import pytest
 import torch
 
+import sdgp_cusparselt as sdgp
 from sdgp_cusparselt import cli
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.commands import info
+from tests.emulator.build import build
+from tests.emulator.control import Emulator
 
 
 def test_json_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,3 +57,39 @@ def test_the_command_line_lists_its_commands(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     for name in cli.COMMANDS:
         assert name in printed
+
+
+def test_a_layout_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    png = tmp_path / "layout.png"
+    arguments = ["info", "--layout", "blocked", "--rows", "256", "--png", str(png)]
+    assert cli.main(arguments) == 0
+    assert "blocked" in capsys.readouterr().out
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["info", "--layout", "spiral"]) == 2
+    assert "must be one of plain, blocked" in capsys.readouterr().err
+    assert cli.main(["info", "--layout", "plain", "--cols", "30"]) == 2
+    assert cli.main(["info", "--layout"]) == 0
+    assert "nothing was learned" in capsys.readouterr().out
+
+
+def test_learned_layouts_are_listed(
+    capsys: pytest.CaptureFixture[str], emulated_backend: CusparseLtBackend
+) -> None:
+    grad_output, weight = torch.randn(256, 64).bfloat16(), torch.randn(64, 32).bfloat16()
+    emulated_backend.linear_grad_input(grad_output, weight, sdgp.SDGPConfig())
+    assert cli.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (line,) = [value for key, value in report.items() if key.startswith("layout: ")]
+    assert "proven at 256x64" in line
+    assert cli.main(["info", "--layout", "--rows", "256", "--cols", "64"]) == 0
+    assert "rows>=256" in capsys.readouterr().out
+
+
+@pytest.fixture
+def emulated_backend():
+    """A backend on the emulator, which learns a layout by being used."""
+    emulator = Emulator(build())
+    emulator.reset()
+    backend = CusparseLtBackend(Machine("cpu", pycusparselt.load(emulator.path)))
+    yield backend
+    backend.plans.clear()

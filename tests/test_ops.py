@@ -37,6 +37,13 @@ def samples() -> dict[str, tuple]:
         ),
         "linear_grad_input": (torch.randn(2, 3, 8), torch.randn(8, 12), *where),
         "linear_grad_weight": (torch.randn(6, 8), torch.randn(6, 12), SPARSE.text, RECORD.token),
+        "linear_grads": (
+            torch.randn(2, 3, 8),
+            torch.randn(8, 12),
+            torch.randn(6, 12),
+            SPARSE.text,
+            RECORD.token,
+        ),
         "conv2d_grad_input": (grad_output, weight, input, GEOMETRY, *where),
         "conv2d_grad_weight": (
             grad_output,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sdgp_cusparselt as sdgp
+from sdgp_cusparselt import cpu
 from sdgp_cusparselt.pruning import FLOAT_DTYPES
 from tests.helpers import SDGP_PATTERNS, oracle_magnitude, same_bits
 
@@ -36,6 +37,21 @@ def test_magnitude_equals_the_loops(n: int, m: int, data: st.DataObject) -> None
     dtype = data.draw(st.sampled_from(DTYPES))
     x = draw(shape, data.draw(st.integers(0, 2**31))).to(dtype)
     assert same_bits(sdgp.prune(x, n=n, m=m, dim=dim), oracle_magnitude(x, n, m, dim))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_order_of_four_values_in_both_ways_of_comparing(
+    n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, -2.0, math.inf, math.nan], dtype=dtype)
+    x = torch.cartesian_prod(values, values, values, values)
+    expected = oracle_magnitude(x, n, 4, 1)
+    assert same_bits(sdgp.prune(x, n=n), expected)
+    monkeypatch.setattr(cpu, "CHUNK", 100)  # several chunks, the last one short
+    assert same_bits(sdgp.prune(x, n=n), expected)
+    monkeypatch.setattr(cpu, "usable", lambda *_: False)
+    assert same_bits(sdgp.prune(x, n=n), expected)
 
 
 @settings(max_examples=60, deadline=None)

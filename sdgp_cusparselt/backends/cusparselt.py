@@ -12,27 +12,24 @@ from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.backends.plans import (
-    DATA_TYPES,
-    DENSE_MULTIPLE,
     STRUCTURED_MULTIPLE,
     PlanCache,
     current_stream,
     dense_order,
     is_capturing,
     on_device,
+    row_major,
 )
+from sdgp_cusparselt.backends.reasons import pattern_reasons, shape_reasons
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
 from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
 from sdgp_cusparselt.packing.pack import pack_gradient
-from sdgp_cusparselt.patterns import HARDWARE_PATTERNS
 from sdgp_cusparselt.pruning import prune
 from sdgp_cusparselt.spans import span
 
 #: Segment-K (split_k = -1) may hang on sm90 with fewer sparse rows than about 400.
 SEGMENT_K_ROWS = 1024
-#: The library counts the elements of a matrix in 32 bits.
-MAX_ELEMENTS = 2**31 - 1
 HEURISTIC, DATA_PARALLEL, STREAM_K = 3, 4, 6  # SplitKMode, sm100 and later
 
 
@@ -70,7 +67,7 @@ class CusparseLtBackend(Backend):
             return machine
         if problem.device.type != self.machine.device_type:
             return [f"the tensors are on {problem.device}, not on {self.machine.device_type}"]
-        return [*_pattern_reasons(problem), *_shape_reasons(problem)]
+        return [*pattern_reasons(problem), *shape_reasons(problem)]
 
     def gemm_of(self, problem: Problem) -> Gemm:
         """Return the sparse product that ``problem`` becomes."""
@@ -201,7 +198,7 @@ class CusparseLtBackend(Backend):
 
     def operand(self, x: Tensor) -> Tensor:
         """Return a dense operand as it is where the library can read it, else a copy."""
-        return _aligned(x) if dense_order(x) is None else x
+        return row_major(x) if dense_order(x) is None else x
 
     def compress(self, pruned: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
         """Return pruned [M, K], which is 2:4, as the library itself packs it for a plan."""
@@ -227,8 +224,8 @@ class CusparseLtBackend(Backend):
     ) -> Tensor:
         """Return prune(grad_output) @ weight; see ``Backend``."""
         flat = grad_output.reshape(-1, grad_output.shape[-1])
-        samples = grad_output.shape[0] if grad_output.ndim > 2 else 1
-        result = self._grad_input(flat, weight, config, candidate, flat.shape[0] // samples)
+        rows_per_sample = _rows_per_sample(grad_output)
+        result = self._grad_input(flat, weight, config, candidate, rows_per_sample)
         return result.view(*grad_output.shape[:-1], weight.shape[1])
 
     def linear_grad_weight(
@@ -244,7 +241,7 @@ class CusparseLtBackend(Backend):
         """
         tokens, features = grad_output.shape
         body = tokens - tokens % STRUCTURED_MULTIPLE
-        input = input if dense_order(input[:body]) == "row" else _aligned(input)
+        input = row_major(input)
         gemm = Gemm(features, input.shape[1], body, input.dtype, "row", input.device)
         candidate = self._first(gemm) if candidate is None else candidate
         method, head = config.grad_weight_prune, grad_output[:body]
@@ -259,6 +256,61 @@ class CusparseLtBackend(Backend):
         pattern: dict[str, Any] = {"n": config.n, "m": config.m, "dim": 0}
         tail = prune(grad_output[body:], method=config.grad_weight_prune, **pattern)
         return grad_weight.addmm_(tail.t(), input[body:])
+
+    def linear_grads(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        input: Tensor,
+        config: SDGPConfig,
+        candidates: tuple[Candidate, Candidate],
+    ) -> tuple[Tensor, Tensor]:
+        """Return grad_input and grad_weight, both packed from one read of grad_output.
+
+        grad_input = prune(grad_output) @ weight;  grad_weight = prune(grad_output.T) @ input
+
+        Args:
+            grad_output: [..., out_features].
+            weight: [out_features, in_features].
+            input: [tokens, in_features].
+            config: how to prune for each.
+            candidates: how to multiply for each.
+
+        Returns:
+            [..., in_features] and [out_features, in_features].
+
+        Note:
+            Where one read cannot serve both (tokens no multiple of 16, 1:4, an unproven order)
+            there are two.
+        """
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        (tokens, k), n = flat.shape, weight.shape[1]
+        right, read = self.operand(weight), row_major(input)
+        for_input = Gemm(tokens, n, k, flat.dtype, dense_order(right) or "row", flat.device)
+        for_weight = Gemm(k, n, tokens, flat.dtype, "row", flat.device)
+        if tokens % STRUCTURED_MULTIPLE == 0 and (config.n, config.m) == (2, 4):
+            proofs = map(self.certificate, (for_input, for_weight), candidates)
+            features_layout, tokens_layout = (proof.layout for proof in proofs)
+            if features_layout is not None and tokens_layout is not None:
+                with span("pack", flat.device):
+                    packed = pack_gradient(
+                        flat,
+                        features=config.prune,
+                        tokens=config.grad_weight_prune,
+                        features_layout=features_layout,
+                        tokens_layout=tokens_layout,
+                        tokens_per_sample=_rows_per_sample(grad_output),
+                    )
+                if packed.features is not None and packed.tokens is not None:
+                    buffers = (packed.features.buffer, packed.tokens.buffer)
+                    with span("matmul", flat.device):
+                        grad_input = self.matmul(buffers[0], right, for_input, candidates[0])
+                        grad_weight = self.matmul(buffers[1], read, for_weight, candidates[1])
+                    return grad_input.view(*grad_output.shape[:-1], n), grad_weight
+        return (
+            self.linear_grad_input(grad_output, right, config, candidates[0]),
+            self.linear_grad_weight(flat, read, config, candidates[1]),
+        )
 
     def conv2d_grad_input(
         self,
@@ -302,7 +354,7 @@ class CusparseLtBackend(Backend):
     ) -> Tensor:
         order = dense_order(dense)
         if order is None:
-            dense, order = _aligned(dense), "row"
+            dense, order = row_major(dense), "row"
         (m, k), n = flat.shape, dense.shape[1]
         gemm = Gemm(m, n, k, flat.dtype, order, flat.device)
         candidate = self._first(gemm) if candidate is None else candidate
@@ -337,52 +389,7 @@ def _pruned(
     return prune(samples, method=method, n=n, m=m, scale_dims=(1,)).view(operand.shape)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Return a row-major copy; torch's allocators align every new tensor to 64 bytes or more."""
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _pattern_reasons(problem: Problem) -> list[str]:
-    config, reasons = problem.config, []
-    if problem.dtype == torch.float32:
-        reasons.append("float32 runs 1:2 on sparse tensor cores, not 2:4; use bfloat16 autocast")
-    elif problem.dtype not in DATA_TYPES:
-        reasons.append(f"{problem.dtype} is neither bfloat16 nor float16")
-    if (config.n, config.m) not in HARDWARE_PATTERNS:
-        reasons.append(f"{config.n}:{config.m} does not fit the 2:4 format; it is emulated")
-    if config.decays and problem.product == "grad_input":
-        reasons.append("mask decay (0 < beta < 1) leaves no zeros to skip; it is emulated")
-    return reasons
-
-
-def _shape_reasons(problem: Problem) -> list[str]:
-    m, n, k, reasons = problem.m, problem.n, problem.k, []
-    if problem.product == "grad_input":
-        rules = (("K (outputs)", k, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE))
-    else:
-        rules = (("M (outputs)", m, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE))
-        if k < STRUCTURED_MULTIPLE:
-            reasons.append(f"K (tokens) is {k}, fewer than {STRUCTURED_MULTIPLE}")
-    for name, value, multiple in rules:
-        if value % multiple:
-            reasons.append(f"{name} is {value}, no multiple of {multiple}")
-    if 0 in (m, n, k):
-        reasons.append("the product is empty")
-    if max(m * k, k * n, m * n) > MAX_ELEMENTS:
-        reasons.append(f"a matrix has more than {MAX_ELEMENTS} elements")
-    return reasons + (_conv_reasons(problem, problem.conv) if problem.conv else [])
-
-
-def _conv_reasons(problem: Problem, conv: ConvGeometry) -> list[str]:
-    reasons = []
-    if conv.groups != 1:
-        reasons.append(f"the convolution has {conv.groups} groups")
-    if not problem.channels_last:
-        reasons.append(
-            "grad_output is not channels_last; use model.to(memory_format=torch.channels_last)"
-        )
-    if problem.product == "grad_weight" and (
-        problem.kernel_size != (1, 1) or conv.padding != (0, 0)
-    ):
-        reasons.append("only an unpadded 1x1 convolution has grad_weight as one product")
-    return reasons
+def _rows_per_sample(grad_output: Tensor) -> int:
+    """Return the tokens of one sample: those of a 2-D gradient are all of one."""
+    tokens = grad_output.numel() // max(1, grad_output.shape[-1])
+    return tokens if grad_output.ndim <= 2 else tokens // max(1, grad_output.shape[0])

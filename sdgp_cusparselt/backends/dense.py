@@ -11,7 +11,10 @@ from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.pruning import prune
-from sdgp_cusparselt.spans import span
+from sdgp_cusparselt.spans import is_sampling, span
+
+#: Rows that are pruned and multiplied at a time on a CPU: enough for a product at full speed.
+CHUNK_ROWS = 512
 
 
 class DenseBackend(Backend):
@@ -35,6 +38,8 @@ class DenseBackend(Backend):
         candidate: Candidate | None = None,
     ) -> Tensor:
         """Return prune(grad_output) @ weight; see ``Backend``."""
+        if config.prune == "magnitude" and weight.device.type == "cpu" and not is_sampling():
+            return _by_chunks(grad_output, weight, config)
         with span("prune", weight.device):
             pruned = prune_features(grad_output, config)
         with span("dense", weight.device):
@@ -83,6 +88,20 @@ class DenseBackend(Backend):
         mask = (False, True, False)
         with span("dense", input.device):
             return _wanted(_convolution_backward(pruned, input, weight, conv, mask)[1])
+
+
+def _by_chunks(grad_output: Tensor, weight: Tensor, config: SDGPConfig) -> Tensor:
+    """Return prune(grad_output) @ weight without a whole pruned gradient in memory.
+
+    On a CPU a temporary of that size costs as much in page faults as the pruning itself.
+    """
+    flat = grad_output.reshape(-1, grad_output.shape[-1])
+    out = flat.new_empty((flat.shape[0], weight.shape[1]))
+    for start in range(0, flat.shape[0], CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        pruned = prune_features(flat[rows], config)
+        torch.mm(pruned, weight, out=out[rows])
+    return out.view(*grad_output.shape[:-1], weight.shape[1])
 
 
 def pruned_gradient(problem: Problem, grad_output: Tensor) -> Tensor:

@@ -5,11 +5,15 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sdgp_cusparselt.versions import version_of, versions
+
+if TYPE_CHECKING:
+    from sdgp_cusparselt.packing.layout import MetadataLayout
 
 #: Optional distributions whose presence changes what runs.
 OPTIONAL = (
@@ -28,10 +32,22 @@ OPTIONAL = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdgp info``."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--layout",
+        nargs="?",
+        const="learned",
+        metavar="NAME",
+        help="draw a metadata layout: a name, or what was learned on this machine",
+    )
+    parser.add_argument("--rows", type=int, default=128, help="rows of the drawn operand")
+    parser.add_argument("--cols", type=int, default=128, help="columns of the drawn operand")
+    parser.add_argument("--png", metavar="PATH", help="draw the layout into a picture")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report and return 0, whatever is missing or broken."""
+    """Print the report and return 0, whatever is missing or broken; 2 for an unknown layout."""
+    if args.layout is not None:
+        return _draw(args)
     report = collect()
     if args.json:
         print(json.dumps(report, indent=2))
@@ -55,6 +71,53 @@ def collect() -> dict[str, str]:
         except Exception as error:
             report[probe.__name__.strip("_")] = f"failed: {type(error).__name__}: {error}"
     return report
+
+
+def _draw(args: argparse.Namespace) -> int:
+    """Print the layouts that are asked for; a picture of the first one with --png."""
+    from sdgp_cusparselt.packing.drawing import draw_png, draw_text
+    from sdgp_cusparselt.packing.layout import NAMED
+
+    chosen: dict[str, MetadataLayout | None] = {args.layout: NAMED.get(args.layout)}
+    if args.layout == "learned":
+        nothing = {"plain (nothing was learned on this machine yet)": NAMED["plain"]}
+        chosen = {**(_learned() or nothing)}
+    for title, layout in chosen.items():
+        if layout is None:
+            names = ", ".join(NAMED)
+            print(f"sdgp info: --layout must be one of {names}, got {title}.", file=sys.stderr)
+            return 2
+        try:
+            drawing = draw_text(layout, args.rows, args.cols)
+            if args.png:
+                draw_png(layout, args.rows, args.cols, args.png)
+        except (ValueError, ModuleNotFoundError) as error:
+            print(f"sdgp info: {error}", file=sys.stderr)
+            return 2
+        print(f"{title}\n{drawing}")
+    return 0
+
+
+def _learned() -> dict[str, "MetadataLayout"]:
+    """Return what was proven on this machine, by library, dtype class and algorithm."""
+    from sdgp_cusparselt.packing.certify import learned_layouts
+    from sdgp_cusparselt.packing.layout import MetadataLayout
+
+    found: dict[str, MetadataLayout] = {}
+    for proof in learned_layouts():
+        if proof.get("candidates"):
+            found[_title(proof)] = MetadataLayout.from_json(proof["candidates"][0])
+    return found
+
+
+def _title(proof: dict[str, Any]) -> str:
+    identity = proof.get("identity", {})
+    parts = [
+        f"{name} {identity[name]}"
+        for name in ("device", "cusparselt", "alg_id")
+        if name in identity
+    ]
+    return f"{', '.join(parts)}, {proof.get('class', '')}"
 
 
 def _platform() -> dict[str, str]:
@@ -105,6 +168,22 @@ def _kernels() -> dict[str, str]:
     return {"pack kernels": "Triton" if found else "torch reference (Triton is not installed)"}
 
 
+def _layouts() -> dict[str, str]:
+    from sdgp_cusparselt.cache import cache_dir
+    from sdgp_cusparselt.packing.certify import learned_layouts
+    from sdgp_cusparselt.packing.layout import MetadataLayout
+
+    report = {"cache": str(cache_dir())}
+    for proof in learned_layouts():
+        if proof.get("refused"):
+            report[f"layout: {_title(proof)}"] = f"not proven: {proof['refused']}"
+            continue
+        names = {MetadataLayout.from_json(text).name for text in proof.get("candidates", [])}
+        shapes = ", ".join(f"{rows}x{cols}" for rows, cols in proof.get("proven", []))
+        report[f"layout: {_title(proof)}"] = f"{' or '.join(sorted(names))}, proven at {shapes}"
+    return report
+
+
 PROBES: tuple[Callable[[], dict[str, str]], ...] = (
     _platform,
     _versions,
@@ -112,4 +191,5 @@ PROBES: tuple[Callable[[], dict[str, str]], ...] = (
     _library,
     _backends,
     _kernels,
+    _layouts,
 )

@@ -1,8 +1,9 @@
 """Efficiencies from this project's own result files, and how wrong the published ones were.
 
 A result file is pytest-benchmark's JSON at ``bench/results/<gpu>/<name>.json``. The planner reads
-the benchmarks whose ``extra_info`` names a ``part`` (dense_gemm, sparse_gemm or pack) and M, N, K;
-``device_us`` in ``extra_info`` is preferred to the median wall time.
+the benchmarks whose ``extra_info`` names a ``part`` (dense_gemm, sparse_gemm or pack) and M, N, K,
+unless it says ``rival``: those are times of other software or of slower choices. ``device_us`` in
+``extra_info`` is preferred to the median wall time.
 """
 
 import json
@@ -53,7 +54,11 @@ def read_points(path: Path) -> list[Point]:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         fix = "Write it with pytest --benchmark-json."
         raise value_error("read_points", "path", "pytest-benchmark JSON", path, fix) from error
-    return [_point(path, bench) for bench in benchmarks if bench["extra_info"].get("part") in PARTS]
+    return [_point(path, bench) for bench in benchmarks if _counts(bench["extra_info"])]
+
+
+def _counts(info: Mapping[str, Any]) -> bool:
+    return info.get("part") in PARTS and not info.get("rival", False)
 
 
 def _point(path: Path, bench: Mapping[str, Any]) -> Point:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt import dispatch
+from sdgp_cusparselt.backends import cusparselt as cusparselt_backend
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import DenseBackend
 from sdgp_cusparselt.records import COMPILED
 from sdgp_cusparselt.tuning import store, timing
 from tests.emulator.control import Bad, Emulator
+from tests.helpers import assert_product
 
 NEVER = sdgp.SDGPConfig(tune="never")
 EPS = torch.finfo(torch.bfloat16).eps
@@ -92,6 +94,43 @@ def test_training_steps_equal_the_dense_backend(
     for a, b in zip(sparse, dense, strict=True):
         # Each of the layers between a parameter and the loss rounds once more to bfloat16.
         assert (a - b).norm() <= 8 * EPS * b.norm()
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 16), (5, 7)], ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude"])
+def test_both_gradients_of_a_linear_layer_come_from_one_read(
+    emulated: CusparseLtBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    method: str,
+) -> None:
+    config = NEVER.replace(prune=method, grad_weight="sparse", grad_weight_prune="magnitude")
+    layer = nn.Linear(32, 64, bias=False).bfloat16()
+    sdgp.convert_(layer, config)
+    x = torch.randn(*shape, 32, dtype=torch.bfloat16, requires_grad=True)
+    grad_output = torch.randn(*shape, 64, dtype=torch.bfloat16)
+    layer(x).backward(grad_output)  # learns the orders
+    x.grad = layer.weight.grad = None
+    reads = []
+    real = cusparselt_backend.pack_gradient
+
+    def counting(*args: object, **kwargs: object) -> object:
+        reads.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cusparselt_backend, "pack_gradient", counting)
+    layer(x).backward(grad_output)
+    whole = torch.Size(shape).numel() % 16 == 0
+    assert len(reads) == (1 if whole else 2)
+    flat = grad_output.reshape(-1, 64)
+    pruned = sdgp.prune(grad_output, method=method).reshape(-1, 64)
+    assert_product(x.grad.reshape(-1, 32), pruned, layer.weight.detach())
+    reference = sdgp.prune(flat, dim=0).double().t() @ x.detach().reshape(-1, 32).double()
+    assert (layer.weight.grad - reference).norm() <= 2 * EPS * reference.norm()
+    assert layer.sdgp_record.calls == {
+        ("grad_input", "cusparselt"): 2,
+        ("grad_weight", "cusparselt"): 2,
+    }
 
 
 def test_many_threads_at_once(emulated: CusparseLtBackend, emulator: Emulator) -> None:
@@ -209,6 +248,17 @@ def test_a_layer_that_fails_a_check_goes_dense_and_names_the_element(
     assert layer.sdgp_record.calls["grad_input", "dense"] == 1
     layer(x).backward(grad_output)
     assert layer.sdgp_record.calls["grad_input", "dense"] == 2
+
+
+def test_a_failed_check_raises_where_falling_back_is_forbidden(
+    emulated: CusparseLtBackend, emulator: Emulator
+) -> None:
+    layer, x, grad_output = linear(NEVER.replace(check_every=1, on_unsupported="raise"))
+    layer(x).backward(grad_output)
+    emulator.bad_algorithm(0, Bad.ALWAYS_WRONG)
+    emulated.plans.clear()
+    with pytest.raises(sdgp.EquivalenceError, match="Linear: grad_input is not used: it failed"):
+        layer(x).backward(grad_output)
 
 
 def test_checks_of_every_product_pass_on_a_sound_library(emulated: CusparseLtBackend) -> None:

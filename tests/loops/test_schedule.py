@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.base import Problem
-from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend, _pattern_reasons
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend, pattern_reasons
 from tests.helpers import assert_product, oracle_magnitude, same_bits
 
 TOTAL = 40
@@ -168,8 +168,8 @@ def test_decay_is_emulated_and_says_so() -> None:
     sdgp.load_schedule_state(model, {"step": 5})
     assert "16:32 beta=0.972 (emulated)" in repr(model[0])
     problem = Problem("grad_input", 64, 64, 64, torch.bfloat16, torch.device("cpu"), config)
-    assert any("mask decay" in reason for reason in _pattern_reasons(problem))
-    assert any("mask decay" in r for r in _pattern_reasons(problem)) and not _pattern_reasons(
+    assert any("mask decay" in reason for reason in pattern_reasons(problem))
+    assert any("mask decay" in r for r in pattern_reasons(problem)) and not pattern_reasons(
         dataclasses.replace(problem, product="grad_weight")
     ), "grad_weight has no decay"
     assert CusparseLtBackend().not_supported_reasons(problem)

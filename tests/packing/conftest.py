@@ -1,13 +1,7 @@
 """Kernels run on the GPU where there is one, and otherwise in Triton's interpreter on the CPU."""
 
-import os
-
 import pytest
 import torch
-
-# Read when the kernel module is imported, which happens at the first launch.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

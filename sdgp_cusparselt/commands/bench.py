@@ -1,0 +1,253 @@
+"""``sdgp bench``: measure this machine with the benchmarks of a checkout."""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import sdgp_cusparselt
+from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.versions import version_of
+
+#: What --parts takes -> the file that measures it, in the order in which they run.
+PARTS = {
+    "machine": "bench_machine.py",
+    "gemm": "bench_gemm.py",
+    "pack": "bench_parts.py",
+    "grads": "bench_grads.py",
+    "layers": "bench_layers.py",
+    "steps": "bench_steps.py",
+    "unstructured": "bench_unstructured.py",
+}
+BAD_ARGUMENTS, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``sdgp bench``."""
+    parser.add_argument(
+        "--full", action="store_true", help="every shape, rival and compiled step (default: a few)"
+    )
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        metavar="LIST",
+        help=f"some of {', '.join(PARTS)}, separated by commas (default: all)",
+    )
+    parser.add_argument(
+        "--models", default="", metavar="LIST", help="models of bench/shapes.py (default: all)"
+    )
+    parser.add_argument(
+        "--tokens", default="", metavar="LIST", help="such as 4096,16384 (default: all)"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="start nothing after this long; what is left is written down as not run",
+    )
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of results; the card gets a folder in it (default: bench/results)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what was written and the summary as JSON"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the result file, print the summary; 1 if a result was wrong."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        root = find_checkout()
+        parts = _parts(args.parts)
+        _need_pytest_benchmark()
+    except ValueError as error:
+        print(f"sdgp bench: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        console.print(
+            "No CUDA device: measuring the fallback and the emulated path on this CPU. The times "
+            "say that the code runs, nothing about speed."
+        )
+    with _importable(root):
+        machine = _module("bench.machine")
+        folder = (args.output or root / "bench" / "results") / machine.folder_name()
+        target = result_path(folder, time.strftime("%Y-%m-%d"), machine.library()[0])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"sdgp bench: cannot write to {folder}: {error.strerror}", file=sys.stderr)
+            return BAD_ARGUMENTS
+        code, log = _measure(_arguments(args, root, parts, target, cuda))
+        if not target.exists():
+            print(f"{log}\nsdgp bench: nothing was measured", file=sys.stderr)
+            return code or FAILED
+        if code:
+            print(log[-20_000:], file=sys.stderr)
+        _show(target, args.json)
+    console.print(f"wrote {target}\ntables and plots: python -m bench.report {folder}")
+    return code
+
+
+def find_checkout() -> Path:
+    """Return the checkout whose benchmarks are run: this package's own, or the working directory.
+
+    Raises:
+        ValueError: neither holds the benchmarks, which wheels do not bring.
+    """
+    candidates = (Path(sdgp_cusparselt.__file__).parents[1], Path.cwd())
+    for root in candidates:
+        if (root / "bench" / "conftest.py").is_file() and (root / "pyproject.toml").is_file():
+            return root
+    raise value_error(
+        "find_checkout",
+        "the working directory",
+        "a checkout of the sources with its bench folder, which wheels do not bring",
+        candidates[1],
+        "Clone the repository and run sdgp bench inside it.",
+    )
+
+
+def result_path(folder: Path, date: str, library: str) -> Path:
+    """Return <date>-pt<version>-cslt<version>.json; numbered where that exists already."""
+    torch_version = torch.__version__.partition("+")[0]
+    name = f"{date}-pt{torch_version}-cslt{library}"
+    number, path = 1, folder / f"{name}.json"
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}.json"
+    return path
+
+
+def _parts(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    unknown = [name for name in names if name not in PARTS]
+    if unknown or not names:
+        raise value_error("bench", "--parts", f"some of {', '.join(PARTS)}", text, "Pick these.")
+    return [name for name in PARTS if name in names]
+
+
+def _need_pytest_benchmark() -> None:
+    if version_of("pytest-benchmark") == "none":
+        raise value_error(
+            "bench",
+            "pytest-benchmark",
+            "installed",
+            "no such package",
+            "Install it: pip install 'sdgp-cusparselt[bench]'.",
+        )
+
+
+@contextlib.contextmanager
+def _importable(root: Path) -> Iterator[None]:
+    """Let ``bench`` and ``tests`` of the checkout be imported."""
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _arguments(
+    args: argparse.Namespace, root: Path, parts: Sequence[str], target: Path, cuda: bool
+) -> list[str]:
+    """Return pytest's command line."""
+    files = [str(root / "bench" / PARTS[part]) for part in parts]
+    shown = ["sdgp", "bench", "--parts", ",".join(parts), "--dtype", args.dtype]
+    shown += ["--full"] if args.full else []
+    shown += ["--models", args.models] if args.models else []
+    shown += ["--tokens", args.tokens] if args.tokens else []
+    return [
+        *files,
+        f"--rootdir={root}",
+        f"--config-file={root / 'pyproject.toml'}",
+        *("-k", "gpu" if cuda else "cpu"),
+        *("-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-q", "-rs", "--tb=short"),
+        f"--bench-scope={'full' if args.full else 'quick'}",
+        f"--bench-dtype={args.dtype}",
+        f"--bench-models={args.models}",
+        f"--bench-tokens={args.tokens}",
+        f"--bench-time-limit={args.time_limit}",
+        f"--bench-command={shlex.join(shown)}",
+        f"--benchmark-json={target}",
+    ]
+
+
+class _Bar:
+    """A pytest plugin: a progress bar in a terminal, a line for each file elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self.progress = Progress(
+            *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+        )
+        self.task = self.progress.add_task("collecting", total=None)
+        self.file = ""
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        """Learn how many benchmarks there are."""
+        self.progress.update(self.task, total=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
+        """Show the benchmark that starts."""
+        file, _, name = nodeid.partition("::")
+        self.progress.update(self.task, description=name.partition("[")[2].rstrip("]")[:60])
+        if file != self.file and not self.console.is_terminal:
+            self.console.print(f"{time.strftime('%H:%M:%S')} {file}")
+        self.file = file
+
+    def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
+        """Count it."""
+        self.progress.advance(self.task)
+
+
+def _measure(arguments: list[str]) -> tuple[int, str]:
+    """Run pytest in this process; return its exit code and what it printed."""
+    import pytest
+
+    # pytest captures descriptor 2 while a benchmark runs; the bar draws on a copy of it.
+    with os.fdopen(os.dup(2), "w", encoding="utf-8") as stderr:
+        bar = _Bar(Console(file=stderr, highlight=False))
+        printed = io.StringIO()
+        with bar.progress, contextlib.redirect_stdout(printed):
+            code = int(pytest.main(arguments, plugins=[bar]))
+    if code == pytest.ExitCode.INTERRUPTED:
+        return INTERRUPTED, f"{printed.getvalue()}interrupted"
+    return (FAILED if code else 0), printed.getvalue()
+
+
+def _show(target: Path, as_json: bool) -> None:
+    """Print the summary of the file that was just written."""
+    report, data = _module("bench.report"), _module("bench.report_data")
+    results = data.load([target])
+    if as_json:
+        found = {title: data.summary(results.of(*key)) for title, *key in report.HEADLINES}
+        shown = {"file": str(target), "measured": len(results.rows), "summary": found}
+        print(json.dumps(shown | {"not_run": list(results.not_run)}, indent=1))
+        return
+    for table in (report.summary_table(results), report.grad_input_table(results)):
+        if table:
+            print(f"{table}\n")

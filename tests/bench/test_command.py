@@ -1,0 +1,72 @@
+"""sdgp bench as a user runs it, on a machine without a GPU."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdgp_cusparselt.commands.bench import PARTS, result_path
+from tests.bench.conftest import ROOT, run_python
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU sdgp bench measures the GPU, for minutes"
+)
+
+
+def test_it_measures_says_where_and_writes(tmp_path: Path) -> None:
+    command = ("-m", "sdgp_cusparselt", "bench", "--parts", "machine", "--output", str(tmp_path))
+    done = run_python(*command, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No CUDA device" in done.stderr
+    printed = json.loads(done.stdout)
+    (written,) = (tmp_path / "cpu").glob("*.json")
+    assert printed["file"] == str(written)
+    version = torch.__version__.partition("+")[0]
+    assert f"-pt{version}-cslt" in written.name
+    data = json.loads(written.read_text())
+    assert data["command"].startswith("sdgp bench --parts machine")
+    assert {b["extra_info"]["part"] for b in data["benchmarks"]} == {"ceiling"}
+
+
+def test_nothing_starts_after_the_time_limit(tmp_path: Path) -> None:
+    done = run_python(
+        *("-m", "sdgp_cusparselt", "bench", "--parts", "machine"),
+        *("--time-limit", "0.000001", "--output", str(tmp_path)),
+    )
+    assert done.returncode == 1
+    assert "the time limit of 1e-06 s was reached" in done.stderr
+    assert "nothing was measured" in done.stderr
+
+
+def test_without_a_checkout_it_says_so(tmp_path: Path) -> None:
+    """As from a wheel: the packages without the folders beside them."""
+    for package in ("sdgp_cusparselt", "bindings/pycusparselt"):
+        shutil.copytree(ROOT / package, tmp_path / Path(package).name)
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.remove({str(ROOT)!r});"
+        "from sdgp_cusparselt.cli import main; sys.exit(main(['bench']))"
+    )
+    done = run_python("-c", code, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "its bench folder, which wheels do not bring" in done.stderr
+    assert "Clone the repository" in done.stderr
+
+
+@pytest.mark.parametrize("parts", ["nothing", ",", "gemm,layer"])
+def test_unknown_parts_are_refused(parts: str) -> None:
+    done = run_python("-m", "sdgp_cusparselt", "bench", "--parts", parts)
+    assert done.returncode == 2
+    assert "--parts must be some of machine, gemm" in done.stderr
+
+
+def test_results_never_overwrite_each_other(tmp_path: Path) -> None:
+    first = result_path(tmp_path, "2026-01-01", "0.8.1")
+    first.write_text("{}")
+    second = result_path(tmp_path, "2026-01-01", "0.8.1")
+    assert second.name == f"{first.stem}-2.json"
+
+
+def test_every_part_has_its_file() -> None:
+    assert all((ROOT / "bench" / name).is_file() for name in PARTS.values())
