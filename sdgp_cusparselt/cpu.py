@@ -1,11 +1,12 @@
 """Magnitude pruning of groups of four on a CPU, where torch's time goes into memory.
 
-A chunk at a time, in scratch that is allocated once: every temporary of whole size would be fresh
-pages from the kernel. The masks of a group are the four bytes of one 32-bit word, so that they are
-computed for four elements at once and never interleaved.
+A chunk at a time, in scratch that each thread keeps (5 MB for float32): every temporary of whole
+size would be fresh pages from the kernel. The masks of a group are the four bytes of one 32-bit
+word, so that they are computed for four elements at once and never interleaved.
 """
 
 import sys
+import threading
 from itertools import combinations
 
 import torch
@@ -15,6 +16,14 @@ from torch import Tensor
 CHUNK = 1 << 17
 _LANES = 0x01010101
 _PAIRS = tuple(combinations(range(4), 2))
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+
+_local = _Local()
 
 
 def usable(groups: Tensor, at: int) -> bool:
@@ -42,26 +51,34 @@ def top_of_four(bits: Tensor, n: int) -> Tensor:
     total, dtype = groups.shape[0], bits.dtype
     size = min(CHUNK, total)
     out = torch.empty_like(groups)
-    keys, wide = (torch.empty((size, 4), dtype=dtype) for _ in range(2))
-    beats = torch.empty(size, dtype=torch.bool)
-    beats_word, losses = (torch.empty(size, dtype=torch.int32) for _ in range(2))
+    keys, wide, beats, losses = _scratch(dtype)
     sign_cleared = 2 ** (8 * bits.element_size() - 1) - 1
     for start in range(0, total, size):
         chunk = groups[start : start + size]
         count = chunk.shape[0]
         members = torch.bitwise_and(chunk, sign_cleared, out=keys[:count]).unbind(1)
-        lost, word = losses[:count], beats_word[:count]
+        lost, word = losses[:count], beats[:count]
         # Byte i counts to how many others member i loses: at first to every later one, ...
         lost.fill_(0x00010203)
         for i, j in _PAIRS:
-            torch.ge(members[i], members[j], out=beats[:count])
             # ... and each i that beats a j moves that loss from i to j.
-            lost.add_(word.copy_(beats[:count]), alpha=256**j - 256**i)
+            torch.ge(members[i], members[j], out=word)
+            lost.add_(word, alpha=256**j - 256**i)
         kept = _fewer_losses_than(n, lost).mul_(255).view(torch.int8)  # 0 or -1 in each byte
         mask = wide[:count]
         mask.view(-1).copy_(kept)  # widening keeps every bit set
         torch.bitwise_and(mask, chunk, out=out[start : start + count])
     return out.view(bits.shape)
+
+
+def _scratch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return this thread's buffers of CHUNK groups; what they hold is of no use to a later call."""
+    found = _local.kept.get((dtype, CHUNK))
+    if found is None:
+        keys, wide = (torch.empty((CHUNK, 4), dtype=dtype) for _ in range(2))
+        beats, losses = (torch.empty(CHUNK, dtype=torch.int32) for _ in range(2))
+        found = _local.kept[dtype, CHUNK] = (keys, wide, beats, losses)
+    return found
 
 
 def _fewer_losses_than(n: int, lost: Tensor) -> Tensor:

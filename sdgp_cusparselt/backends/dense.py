@@ -14,7 +14,7 @@ from sdgp_cusparselt.pruning import prune
 from sdgp_cusparselt.spans import is_sampling, span
 
 #: Rows that are pruned and multiplied at a time on a CPU: enough for a product at full speed.
-CHUNK_ROWS = 512
+CHUNK_ROWS = 2048
 
 
 class DenseBackend(Backend):
