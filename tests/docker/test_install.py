@@ -79,6 +79,8 @@ def test_an_environment_with_every_dependency_of_its_own(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No broken requirements found" in run_in(venv, "python", "-m", "pip", "check")
     run_in(venv, "sdgp", "--version")
+    run_in(venv, "sdgp", "check")
+    run_in(venv, "sdgp", "info")
 
 
 @pytest.mark.parametrize("arguments", [[], ["venv", "/nonexistent"], ["a", "b", "c"]])
