@@ -277,8 +277,8 @@ def _like_input(grad_output: Tensor, input_shape: torch.Size) -> Tensor:
     """Return uninitialised memory in place of an input that a frozen weight left unsaved."""
     channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    like = torch.empty(input_shape, dtype=grad_output.dtype, device=grad_output.device)
-    return like.to(memory_format=memory_format)
+    dtype, device = grad_output.dtype, grad_output.device
+    return torch.empty(input_shape, dtype=dtype, device=device, memory_format=memory_format)
 
 
 def _conv2d_grad_parameters(

@@ -204,8 +204,9 @@ def conv_rival(
     def dense(left: Tensor, right: Tensor) -> Tensor:
         gradient = convolution.images(left, batch, height, width)
         filters = right.view(kernel[0], *kernel[2:], kernel[1]).permute(0, 3, 1, 2)
-        like = torch.empty(inputs, dtype=left.dtype, device=left.device)
-        like = like.to(memory_format=torch.channels_last)
+        # Made in its format: converting it would be a copy that counts against dense in the race.
+        last = torch.channels_last
+        like = torch.empty(inputs, dtype=left.dtype, device=left.device, memory_format=last)
         return dense_conv2d_grad_input(gradient, filters, like, conv)
 
     def finish(product: Tensor) -> Tensor:

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import profile
 
 import sdgp_cusparselt as sdgp
+from sdgp_cusparselt.backends import convolution
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.dense import dense_conv2d_grad_input
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.products import conv_rival
 from tests.emulator.control import Emulator
 from tests.helpers import assert_product, oracle_magnitude
 
@@ -105,6 +109,27 @@ def test_conv2d_grad_input(backend: CusparseLtBackend, emulator: Emulator, name:
     assert (error <= 1.01 * torch.finfo(torch.bfloat16).eps * size + 1e-30).all()
     assert result.is_contiguous(memory_format=last) and result.shape == input.shape
     assert emulator.calls("cusparseLtMatmul") == 1
+
+
+@pytest.mark.parametrize("name", ["1x1 strided", "3x3", "oblong"])
+def test_the_rival_of_a_convolution_is_torchs_own_and_copies_nothing(name: str) -> None:
+    kernel, conv = CONVS[name]
+    last = torch.channels_last
+    input = torch.randn(2, 8, 10, 11).bfloat16().to(memory_format=last)
+    weight = torch.randn(32, 8, *kernel).bfloat16().to(memory_format=last)
+    output = F.conv2d(input, weight, None, conv.stride, conv.padding, conv.dilation)
+    grad_output = torch.randn_like(output)
+    rival = conv_rival(grad_output, weight, input, conv)
+    left, right = convolution.pixels(grad_output), convolution.weight_columns(weight)
+    with profile() as profiled:
+        dense = rival.dense(left, right)
+    copied = [e for e in profiled.key_averages() if e.key == "aten::to"]
+    assert not copied
+    expected = dense_conv2d_grad_input(grad_output, weight, input, conv)
+    torch.testing.assert_close(dense, expected)
+    finished = rival.finish(left @ right)
+    assert finished.shape == dense.shape
+    assert (finished - dense).float().norm() <= 0.02 * dense.float().norm()
 
 
 def test_conv2d_grad_weight(backend: CusparseLtBackend) -> None:
