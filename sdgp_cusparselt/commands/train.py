@@ -45,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--sweep", choices=list(SWEEPS), help="table1: all rows of the paper's CIFAR-10 table"
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="seeds 0 .. K-1")
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="how many seeds")
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seeds S .. S+K-1; take fresh ones to judge what was chosen by looking at others",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="passes over the data (default: the task's)")
     length.add_argument("--steps", type=int, help="optimizer steps (default: the task's)")
@@ -71,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
         task = get_task(args.task)
         out = args.out if args.out is not None else Path("runs") / task.name
         methods, recipe, device = _methods(args), _recipe(args, task), _device(args.device)
+        backend = _backend(args, device)
         specs = plan_runs(
-            task, methods, args.seeds, recipe, device, args.precision, _backend(args, device)
+            task, methods, args.seeds, recipe, device, args.precision, backend, args.first_seed
         )
         check_methods(task, methods)
         check_matplotlib()
@@ -175,6 +183,8 @@ def _command(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> str:
     if args.sweep or args.methods != DEFAULT_METHODS:
         words += ["--sweep", args.sweep] if args.sweep else ["--methods", args.methods]
     words += ["--seeds", str(args.seeds)]
+    if args.first_seed:
+        words += ["--first-seed", str(args.first_seed)]
     for name in (
         *RECIPE_OPTIONS,
         "device",

@@ -34,17 +34,20 @@ def plan_runs(
     device: str = "cpu",
     precision: Precision = "fp32",
     backend: BackendName = "auto",
+    first_seed: int = 0,
 ) -> list[RunSpec]:
     """Return the runs of a sweep, seed by seed, so that a broken-off sweep still compares methods.
 
     Raises:
-        ValueError: ``num_seeds`` is below 1.
+        ValueError: ``num_seeds`` is below 1 or ``first_seed`` below 0.
     """
     if num_seeds < 1:
         raise value_error("plan_runs", "num_seeds", "at least 1", num_seeds, "Ask for more seeds.")
+    if first_seed < 0:
+        raise value_error("plan_runs", "first_seed", "at least 0", first_seed, "Pass 0 or more.")
     return [
         RunSpec(task.name, method, seed, recipe, device, precision, backend)
-        for seed in range(num_seeds)
+        for seed in range(first_seed, first_seed + num_seeds)
         for method in methods
     ]
 

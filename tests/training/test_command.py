@@ -46,9 +46,11 @@ def test_output_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.usefixtures("short_digits")
 def test_sweep_table1(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("t.json", "t.md", "t.png")]
-    options = ["--json", paths[0], "--markdown", paths[1], "--plot", paths[2]]
+    options = ["--json", paths[0], "--markdown", paths[1], "--plot", paths[2], "--first-seed", 7]
     assert train("digits", "--sweep", "table1", "--steps", 1, "--out", tmp_path, *options) == 0
     document = json.loads(paths[0].read_text())
+    assert "--sweep table1 --seeds 1 --first-seed 7 --steps 1" in document["command"]
+    assert {entry["seeds"][0] for entry in document["summary"]} == {7}
     assert len(document["summary"]) == 14
     shares = [entry["pruned_flop_share"] for entry in document["summary"]]
     assert shares[0] == 0 and min(shares[1:]) > 0.99

@@ -29,6 +29,14 @@ def test_runs_go_seed_by_seed(image_task: Task) -> None:
         plan_runs(image_task, parse_methods("dense"), 0, image_task.recipe)
 
 
+def test_fresh_seeds(image_task: Task) -> None:
+    methods = parse_methods("dense")
+    specs = plan_runs(image_task, methods, 2, image_task.recipe, first_seed=10)
+    assert [spec.seed for spec in specs] == [10, 11]
+    with pytest.raises(ValueError, match="first_seed must be at least 0, got -1"):
+        plan_runs(image_task, methods, 2, image_task.recipe, first_seed=-1)
+
+
 def test_finished_runs_are_read_back_and_broken_ones_go_on(
     image_task: Task, tmp_path: Path
 ) -> None:
