@@ -1,8 +1,10 @@
 """Examples in memory, and the order in which a run sees them."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,8 +12,39 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What random choices about an example depend on, together with its index and nothing else.
+
+    Args:
+        seed: of the run.
+        epoch: 0-based.
+    """
+
+    seed: int
+    epoch: int
+
+
+class Examples(Protocol):
+    """Examples of one split, wherever they are."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def prepare(self, indices: Tensor, draw: Draw | None = None) -> None:
+        """Begin to read what ``batch`` will soon be asked for with the same arguments."""
+
+    def batch(
+        self, indices: Tensor, device: torch.device, draw: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return inputs and int64 targets at ``indices``; no ``draw`` is evaluation."""
+
+    def content(self) -> Iterator[bytes]:
+        """Yield what the fingerprint is made of."""
+
+
+@dataclass(frozen=True)
 class Split:
-    """Examples and their targets.
+    """Examples in memory and their targets.
 
     Args:
         inputs: [N, ...] float32 images, or uint8 bytes of text.
@@ -24,7 +57,12 @@ class Split:
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
-    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def prepare(self, indices: Tensor, draw: Draw | None = None) -> None:
+        """Do nothing: the examples are in memory."""
+
+    def batch(
+        self, indices: Tensor, device: torch.device, draw: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the examples at ``indices`` on ``device``; integers become int64."""
         inputs = self.inputs[indices].to(device)
         if not inputs.is_floating_point():
@@ -33,23 +71,28 @@ class Split:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, self.targets[indices].to(device).long()
 
+    def content(self) -> Iterator[bytes]:
+        """Yield shape, dtype and bytes of both tensors."""
+        for tensor in (self.inputs, self.targets):
+            yield repr((tuple(tensor.shape), str(tensor.dtype))).encode()
+            yield tensor.contiguous().numpy().tobytes()
+
 
 @dataclass(frozen=True)
 class Dataset:
     """Training and validation examples of one task, with a line that says where they are from."""
 
-    train: Split
-    validation: Split
+    train: Examples
+    validation: Examples
     source: str
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all examples: two runs compare only where it is the same."""
+        """SHA-256 of both splits' content: two runs compare only where it is the same."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
-            for tensor in (split.inputs, split.targets):
-                digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-                digest.update(tensor.contiguous().numpy().tobytes())
+            for part in split.content():
+                digest.update(part)
         return digest.hexdigest()
 
 

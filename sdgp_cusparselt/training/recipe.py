@@ -8,9 +8,20 @@ from typing import Literal, get_args
 from sdgp_cusparselt.errors import type_error, value_error
 
 Optimizer = Literal["sgd", "adamw"]
+Decay = Literal["matrices", "not_norms", "all"]
 
 #: The learning rate of step 0 as a share of the peak.
 INITIAL_LR_FRACTION = 1e-4
+#: Fields that came later: at their default the identity of a run leaves them out, so that it equals
+#: that of a checkpoint or result from before.
+LATER_FIELDS = (
+    "decay",
+    "gradient_accumulation",
+    "flip",
+    "translate",
+    "cutout",
+    "flip_evaluation",
+)
 
 
 @dataclass(frozen=True)
@@ -25,9 +36,17 @@ class Recipe:
         steps: optimizer steps.
         peak_fraction: where the learning rate peaks, as a share of all steps, in [0, 1).
         momentum: of SGD, in [0, 1); AdamW takes its own defaults.
-        weight_decay: of weight matrices and kernels; biases and norms are not decayed.
+        weight_decay: of the parameters that ``decay`` names.
         label_smoothing: in [0, 1).
         max_grad_norm: gradients are clipped to this norm; None leaves them alone.
+        decay: ``matrices`` (weight matrices and kernels; no bias, no norm), ``not_norms`` (all but
+            the parameters of norm layers) or ``all``.
+        gradient_accumulation: parts of equal size in which a batch goes through the model before
+            the step, at least 1; it divides ``batch_size``. Batch norms see one part at a time.
+        flip: mirror each training image with probability 1/2.
+        translate: shift each training image by up to this many pixels along both axes.
+        cutout: blank a square of this many pixels in each training image; 0 blanks none.
+        flip_evaluation: evaluate on the sum of the logits of an image and of its mirror image.
 
     Raises:
         TypeError: a number is not a number.
@@ -46,12 +65,23 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     max_grad_norm: float | None = None
+    decay: Decay = "matrices"
+    gradient_accumulation: int = 1
+    flip: bool = False
+    translate: int = 0
+    cutout: int = 0
+    flip_evaluation: bool = False
 
     def __post_init__(self) -> None:
-        if self.optimizer not in get_args(Optimizer):
-            choices = " or ".join(get_args(Optimizer))
-            raise value_error("Recipe", "optimizer", choices, repr(self.optimizer), "Choose one.")
+        for name, choices in (("optimizer", get_args(Optimizer)), ("decay", get_args(Decay))):
+            if getattr(self, name) not in choices:
+                got = repr(getattr(self, name))
+                raise value_error("Recipe", name, " or ".join(choices), got, "Choose one.")
         self._check_integers()
+        for name in ("flip", "flip_evaluation"):
+            if not isinstance(getattr(self, name), bool):
+                got = repr(getattr(self, name))
+                raise type_error("Recipe", name, "a bool", got, "Pass True or False.")
         self._check_floats()
         if (self.epochs is None) == (self.steps is None):
             got = f"epochs={self.epochs}, steps={self.steps}"
@@ -60,14 +90,22 @@ class Recipe:
             )
 
     def _check_integers(self) -> None:
-        for name in ("batch_size", "epochs", "steps"):
+        lowest = {"batch_size": 1, "epochs": 1, "steps": 1, "gradient_accumulation": 1}
+        for name, least in (lowest | {"translate": 0, "cutout": 0}).items():
             value = getattr(self, name)
-            if value is None and name != "batch_size":
+            if value is None and name in ("epochs", "steps"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise type_error("Recipe", name, "an int", repr(value), "Pass a whole number.")
-            if value < 1:
-                raise value_error("Recipe", name, "at least 1", value, "Pass a larger number.")
+            if value < least:
+                raise value_error(
+                    "Recipe", name, f"at least {least}", value, "Pass a larger number."
+                )
+        if self.batch_size % self.gradient_accumulation:
+            rule = f"a divisor of the batch size {self.batch_size}"
+            fix = "Change one of the two."
+            got = self.gradient_accumulation
+            raise value_error("Recipe", "gradient_accumulation", rule, got, fix)
 
     def _check_floats(self) -> None:
         half_open = ("peak_fraction", "momentum", "label_smoothing")
@@ -84,6 +122,15 @@ class Recipe:
                 rule, holds = "in [0, 1)", 0 <= value < 1
             if not holds or not math.isfinite(value):
                 raise value_error("Recipe", name, rule, value, "Pass a finite number in range.")
+
+    def identity(self) -> dict[str, object]:
+        """Return the fields as plain values, without those of ``LATER_FIELDS`` at their default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in LATER_FIELDS or value != defaults[name]
+        }
 
     def replace(self, **changes: object) -> "Recipe":
         """Return a copy; setting one of ``epochs`` and ``steps`` unsets the other."""

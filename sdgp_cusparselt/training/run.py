@@ -17,9 +17,11 @@ from sdgp_cusparselt.config import BackendName
 from sdgp_cusparselt.convert import convert_
 from sdgp_cusparselt.training.backends_used import backends_used
 from sdgp_cusparselt.training.checkpoint import load_checkpoint, save_checkpoint
-from sdgp_cusparselt.training.data import Dataset, epoch_order
+from sdgp_cusparselt.training.data import Dataset, Draw, epoch_order
 from sdgp_cusparselt.training.flops import GradInputFlops, count_grad_input_flops
+from sdgp_cusparselt.training.images import Augmentation, epoch_draws, mirrored
 from sdgp_cusparselt.training.methods import Method
+from sdgp_cusparselt.training.optimizers import build_optimizer
 from sdgp_cusparselt.training.recipe import Recipe, triangular
 from sdgp_cusparselt.training.tasks import Task
 
@@ -44,6 +46,7 @@ class RunSpec:
         device: as ``torch.device`` reads it.
         precision: fp32, or the autocast dtype; fp16 trains with a loss scaler.
         backend: of the converted layers.
+        model: description of the model, where the task's name alone does not say it.
     """
 
     task: str
@@ -53,6 +56,7 @@ class RunSpec:
     device: str = "cpu"
     precision: Precision = "fp32"
     backend: BackendName = "auto"
+    model: str = ""
 
     @property
     def name(self) -> str:
@@ -61,11 +65,14 @@ class RunSpec:
 
     def identity(self, dataset: Dataset) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to be this run's, as plain values."""
+        # Built-in tasks have no description, and runs of earlier versions no such key.
+        described = {"model": self.model} if self.model else {}
         return {
             "task": self.task,
+            **described,
             "method": self.method.spelling,
             "seed": self.seed,
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": self.recipe.identity(),
             "device_type": torch.device(self.device).type,
             "precision": self.precision,
             "backend": self.backend,
@@ -103,7 +110,10 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.flops = GradInputFlops()
         self.backends: list[str] = []
+        recipe = spec.recipe
+        self.augmentation = Augmentation(recipe.flip, recipe.translate, recipe.cutout)
         self._order: tuple[int, Tensor] | None = None
+        self._draws: tuple[int, Tensor] | None = None
         self._interval = self._new_interval()
         self._build()
 
@@ -137,34 +147,61 @@ class Trainer:
 
     def train_step(self) -> None:
         """Do one optimizer step on the next batch."""
-        inputs, targets = self.dataset.train.batch(self._batch_indices(), self.device)
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
         counter = (
             contextlib.nullcontext(self.flops)
             if self.flops.by_layer
             else count_grad_input_flops(self.model)
         )
-        with counter as flops, self._autocast():
-            loss = self._loss(self.model(inputs), targets, self.spec.recipe.label_smoothing)
+        with counter as flops:
+            self._accumulate_gradients()
         self.flops = flops
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if self.spec.recipe.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.recipe.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        self._interval.loss_sum += loss.detach()
         self._interval.steps += 1
         self.step += 1
 
-    def _batch_indices(self) -> Tensor:
-        epoch, index = divmod(self.step, self.steps_per_epoch)
+    def _accumulate_gradients(self) -> None:
+        """Send the parts of the batch forward and backward; their mean loss is the batch's."""
+        recipe, train = self.spec.recipe, self.dataset.train
+        parts = self._parts(self.step)
+        following = parts[1:]
+        if self.step + 1 < self.total_steps:
+            following = (*following, self._parts(self.step + 1)[0])
+        for number, (draw, indices) in enumerate(parts):
+            inputs, targets = train.batch(indices, self.device, draw)
+            if number < len(following):
+                train.prepare(following[number][1], following[number][0])
+            if self.augmentation:
+                inputs = self.augmentation.apply(inputs, self._epoch_draws(draw.epoch)[indices])
+            with self._autocast():
+                loss = self._loss(self.model(inputs), targets, recipe.label_smoothing)
+                loss = loss / len(parts)
+            self.scaler.scale(loss).backward()
+            self._interval.loss_sum += loss.detach()
+
+    def _parts(self, step: int) -> tuple[tuple[Draw, Tensor], ...]:
+        """Return the parts of one step's batch, each with what its augmentation depends on."""
+        draw = Draw(self.spec.seed, step // self.steps_per_epoch)
+        parts = self._batch_indices(step).chunk(self.spec.recipe.gradient_accumulation)
+        return tuple((draw, part) for part in parts)
+
+    def _batch_indices(self, step: int | None = None) -> Tensor:
+        epoch, index = divmod(self.step if step is None else step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self.dataset.train), self.spec.seed, epoch)
         size = self.spec.recipe.batch_size
         return self._order[1][index * size : (index + 1) * size]
+
+    def _epoch_draws(self, epoch: int) -> Tensor:
+        if self._draws is None or self._draws[0] != epoch:
+            self._draws = epoch, epoch_draws(len(self.dataset.train), self.spec.seed, epoch)
+        return self._draws[1]
 
     def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST_DTYPE.get(self.spec.precision)
@@ -180,11 +217,15 @@ class Trainer:
         """Return the task's metric over the validation examples."""
         self.model.eval()
         split, loss_sum, correct, count = self.dataset.validation, 0.0, 0, 0
-        for first in range(0, len(split), EVALUATION_BATCH):
-            indices = torch.arange(first, min(first + EVALUATION_BATCH, len(split)))
+        batches = torch.split(torch.arange(len(split)), EVALUATION_BATCH)
+        for number, indices in enumerate(batches):
             inputs, targets = split.batch(indices, self.device)
+            if number + 1 < len(batches):
+                split.prepare(batches[number + 1])
             with self._autocast():
                 logits = self.model(inputs)
+                if self.spec.recipe.flip_evaluation:
+                    logits = logits + self.model(mirrored(inputs))
             loss_sum += float(self._loss(logits, targets, reduce="sum"))
             correct += int((logits.argmax(dim=-1) == targets).sum())
             count += targets.numel()
@@ -278,18 +319,6 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-
-
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; weight decay spares biases, norms and other vectors."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
 
 
 def finite(value: float) -> float | None:

@@ -46,7 +46,7 @@ def plan_runs(
     if first_seed < 0:
         raise value_error("plan_runs", "first_seed", "at least 0", first_seed, "Pass 0 or more.")
     return [
-        RunSpec(task.name, method, seed, recipe, device, precision, backend)
+        RunSpec(task.name, method, seed, recipe, device, precision, backend, task.model)
         for seed in range(first_seed, first_seed + num_seeds)
         for method in methods
     ]

