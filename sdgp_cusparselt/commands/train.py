@@ -18,14 +18,15 @@ from sdgp_cusparselt.training.methods import SWEEPS, Method, parse_method, parse
 from sdgp_cusparselt.training.plots import check_matplotlib, plot_curves, plot_rows
 from sdgp_cusparselt.training.progress import SweepProgress
 from sdgp_cusparselt.training.recipe import Recipe
+from sdgp_cusparselt.training.recipe_file import is_task, open_task, shipped_recipes
 from sdgp_cusparselt.training.report import markdown_table, terminal_table
 from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped
 from sdgp_cusparselt.training.sweep import check_methods, plan_runs, report_document, run_sweep
-from sdgp_cusparselt.training.tasks import TASKS, Task, get_task
+from sdgp_cusparselt.training.tasks import TASKS, Task
 
 DEFAULT_METHODS = "dense,magnitude,rescaled_magnitude,random"
 #: Options of the command line that replace one field of the task's recipe.
-RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate")
+RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "gradient_accumulation", "learning_rate")
 BAD_ARGUMENTS = 2
 INTERRUPTED = 130
 
@@ -33,7 +34,9 @@ INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``sdgp train``."""
     names = "; ".join(f"{task.name}: {task.summary}" for task in TASKS.values())
-    parser.add_argument("task", choices=list(TASKS), metavar="task", help=names)
+    recipes = f"recipes for --data: {', '.join(shipped_recipes())}; or the path of a .toml file"
+    parser.add_argument("task", type=_task_word, metavar="task", help=f"{names}; {recipes}")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder that the recipe reads")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--methods",
@@ -57,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--epochs", type=int, help="passes over the data (default: the task's)")
     length.add_argument("--steps", type=int, help="optimizer steps (default: the task's)")
     parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument(
+        "--gradient-accumulation", type=int, metavar="PARTS", help="of a batch, one after another"
+    )
     parser.add_argument("--learning-rate", type=float, metavar="LR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--backend", choices=get_args(BackendName), default="auto")
@@ -75,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, print the table, write JSON, Markdown and plot; return the exit code."""
     try:
-        task = get_task(args.task)
+        task = open_task(args.task, args.data)
         out = args.out if args.out is not None else Path("runs") / task.name
         methods, recipe, device = _methods(args), _recipe(args, task), _device(args.device)
         backend = _backend(args, device)
@@ -131,6 +137,13 @@ def _publish(args: argparse.Namespace, task: Task, document: dict[str, Any], out
         print(f"{name}: {path}")
 
 
+def _task_word(text: str) -> str:
+    if not is_task(text):
+        names = ", ".join([*TASKS, *shipped_recipes()])
+        raise argparse.ArgumentTypeError(f"must be one of {names}, or a .toml file, got {text!r}")
+    return text
+
+
 def _methods(args: argparse.Namespace) -> tuple[Method, ...]:
     if args.sweep:
         return tuple(parse_method(entry) for entry in SWEEPS[args.sweep])
@@ -180,6 +193,8 @@ def _prepare(out: Path, specs: list[RunSpec], *, resume: bool, overwrite: bool) 
 def _command(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> str:
     """Return the call as a shell would read it."""
     words = ["sdgp", "train", args.task]
+    if args.data is not None:
+        words += ["--data", str(args.data)]
     if args.sweep or args.methods != DEFAULT_METHODS:
         words += ["--sweep", args.sweep] if args.sweep else ["--methods", args.methods]
     words += ["--seeds", str(args.seeds)]
