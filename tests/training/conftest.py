@@ -51,6 +51,20 @@ def image_task() -> Task:
 
 
 @pytest.fixture
+def augmented_task(image_task: Task) -> Task:
+    """The same with every augmentation, each batch in two parts, and everything decayed."""
+    recipe = image_task.recipe.replace(
+        flip=True,
+        translate=1,
+        cutout=2,
+        flip_evaluation=True,
+        gradient_accumulation=2,
+        decay="all",
+    )
+    return dataclasses.replace(image_task, recipe=recipe)
+
+
+@pytest.fixture
 def text_task() -> Task:
     """The code-lm task with random bytes and one layer: AdamW, 9 steps."""
     recipe = TASKS["code-lm"].recipe.replace(steps=9, batch_size=8)

@@ -1,5 +1,7 @@
 """The recipe checks itself, and its schedule is the triangle that it says it is."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,13 @@ def test_setting_steps_unsets_epochs_and_back() -> None:
         ({"momentum": -0.1}, ValueError, "momentum must be in"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0, got -1.0"),
         ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be above 0, got 0"),
+        ({"decay": "norms"}, ValueError, "decay must be matrices or not_norms or all, got 'norms'"),
+        ({"flip": 1}, TypeError, "flip must be a bool, got 1"),
+        ({"flip_evaluation": "yes"}, TypeError, "flip_evaluation must be a bool, got 'yes'"),
+        ({"translate": -1}, ValueError, "translate must be at least 0, got -1"),
+        ({"cutout": 1.0}, TypeError, "cutout must be an int, got 1.0"),
+        ({"gradient_accumulation": 0}, ValueError, "gradient_accumulation must be at least 1"),
+        ({"gradient_accumulation": 3}, ValueError, "must be a divisor of the batch size 64, got 3"),
         ({"optimizer": "lion"}, ValueError, "optimizer must be sgd or adamw, got 'lion'"),
     ],
 )
@@ -55,3 +64,22 @@ def test_bad_values_are_named(changes: dict[str, Any], error: type[Exception], w
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ValueError, match="at most the 10 training examples, got 64"):
         Recipe(epochs=1, batch_size=64).total_steps(10)
+
+
+RESULTS = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_from_before_the_later_fields_have_the_same_identity(path: Path) -> None:
+    for run in json.loads(path.read_text())["runs"]:
+        saved = run["identity"]["recipe"]
+        assert Recipe(**saved).identity() == saved
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"decay": "all"}, {"gradient_accumulation": 2}, {"flip": True}, {"translate": 1}]
+    + [{"cutout": 2}, {"flip_evaluation": True}],
+)
+def test_a_later_field_that_is_used_is_part_of_the_identity(changes: dict[str, Any]) -> None:
+    assert Recipe(epochs=1, **changes).identity() == Recipe(epochs=1).identity() | changes

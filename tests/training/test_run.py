@@ -1,14 +1,20 @@
 """A run is a pure function of its spec, and a broken-off one goes on bit for bit."""
 
+import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sdgp_cusparselt.training.checkpoint import CheckpointError, save_checkpoint
+from sdgp_cusparselt.training.data import Dataset, Split
+from sdgp_cusparselt.training.images import Augmentation, epoch_draws
 from sdgp_cusparselt.training.methods import parse_method
+from sdgp_cusparselt.training.optimizers import build_optimizer
+from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped, Trainer
 from sdgp_cusparselt.training.sweep import execute
 from sdgp_cusparselt.training.tasks import Task
@@ -35,6 +41,7 @@ def without_time(trainer: Trainer) -> list[dict[str, object]]:
 
 CASES = [
     ("image_task", "dense", "fp32"),
+    ("augmented_task", "random", "fp32"),
     ("image_task", "random", "fp32"),
     ("image_task", "mvue", "fp32"),
     ("text_task", "rescaled_magnitude", "fp32"),
@@ -73,6 +80,115 @@ def test_resume_is_bit_for_bit(
     states = unbroken.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"]
     for key, state in states[0].items():
         assert all(torch.equal(state[name], states[1][key][name]) for name in state)
+
+
+def test_a_checkpoint_from_before_the_later_fields_is_accepted(
+    image_task: Task, tmp_path: Path
+) -> None:
+    unbroken, first = make(image_task, "random"), make(image_task, "random")
+    unbroken.train()
+    for _ in range(4):
+        first.train_step()
+    state = first.state_dict()
+    # Written out as versions without decay, flip and so on wrote it.
+    state["identity"] = {
+        "task": "digits",
+        "method": "random@2:4",
+        "seed": 0,
+        "recipe": {
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "batch_size": 8,
+            "epochs": 3,
+            "steps": None,
+            "peak_fraction": 0.2,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "label_smoothing": 0.1,
+            "max_grad_norm": None,
+        },
+        "device_type": "cpu",
+        "precision": "fp32",
+        "backend": "dense",
+        "data": first.dataset.fingerprint,
+    }
+    save_checkpoint(tmp_path / "old.pt", state)
+    second = make(image_task, "random")
+    second.load(tmp_path / "old.pt")
+    second.train()
+    assert same(weights(unbroken), weights(second))
+    flipping = dataclasses.replace(image_task, recipe=image_task.recipe.replace(flip=True))
+    with pytest.raises(CheckpointError, match="recipe is"):
+        make(flipping, "random").load(tmp_path / "old.pt")
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(text_task: Task) -> None:
+    """No batch norm here, and the mean over parts of equal size is the mean over the batch."""
+    parts = dataclasses.replace(
+        text_task, recipe=text_task.recipe.replace(gradient_accumulation=4, optimizer="sgd")
+    )
+    whole = dataclasses.replace(text_task, recipe=text_task.recipe.replace(optimizer="sgd"))
+    one, other = make(whole), make(parts)
+    for _ in range(3):
+        one.train_step()
+        other.train_step()
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(value, other.model.state_dict()[name], rtol=0, atol=1e-6)
+    assert float(one._interval.loss_sum) == pytest.approx(float(other._interval.loss_sum), rel=1e-6)
+    assert one.flops == other.flops
+    assert not same(weights(one), weights(make(whole)))
+
+
+def test_augmentation_is_applied_to_the_batch_of_the_step(augmented_task: Task) -> None:
+    trainer = make(augmented_task, seed=5)
+    seen: list[torch.Tensor] = []
+    trainer.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    for _ in range(5):
+        trainer.train_step()
+    recipe, split = augmented_task.recipe, augmented_task.load().train
+    augmentation = Augmentation(recipe.flip, recipe.translate, recipe.cutout)
+    # 24 examples in batches of 8, each in two parts: step 4 is the second of epoch 1.
+    for step, epoch in ((0, 0), (4, 1)):
+        order = np.random.default_rng([5, epoch]).permutation(24)
+        for part in range(2):
+            first = 8 * (step % 3) + 4 * part
+            indices = torch.from_numpy(order[first : first + 4])
+            inputs, _ = split.batch(indices, torch.device("cpu"))
+            expected = augmentation.apply(inputs, epoch_draws(24, 5, epoch)[indices])
+            assert torch.equal(seen[2 * step + part], expected)
+
+
+def test_flip_evaluation_adds_the_logits_of_the_mirror_image(augmented_task: Task) -> None:
+    trainer, split = make(augmented_task), augmented_task.load().validation
+    # A linear model, so that a mirror image has quite other logits.
+    trainer.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    inputs, _ = split.batch(torch.arange(len(split)), torch.device("cpu"))
+    with torch.no_grad():
+        one, two = trainer.model(inputs), trainer.model(inputs[:, :, :, list(range(7, -1, -1))])
+    # Targets that the sum gets right and the image alone does not.
+    targets = (one + two).argmax(1)
+    assert not torch.equal(one.argmax(1), targets)
+    trainer.dataset = Dataset(split, Split(split.inputs, targets), "made here")
+    assert trainer.evaluate() == 100.0
+
+
+@pytest.mark.parametrize("decay", ["matrices", "not_norms", "all"])
+def test_what_is_decayed(decay: str) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
+    )
+    recipe = Recipe(epochs=1, decay=decay, weight_decay=0.3, optimizer="adamw")
+    optimizer = build_optimizer(model, recipe)
+    decayed, spared = ([id(p) for p in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    names = [name for name, p in model.named_parameters() if id(p) in decayed]
+    matrices = ["0.weight", "2.weight"]
+    expected = {
+        "matrices": matrices,
+        "not_norms": [*matrices, "0.bias", "2.bias"],
+        "all": [*matrices, "0.bias", "2.bias", "1.weight", "1.bias"],
+    }[decay]
+    assert sorted(names) == sorted(expected) and len(decayed) + len(spared) == 6
 
 
 def test_methods_start_from_the_same_weights_and_see_the_same_batches(image_task: Task) -> None:
