@@ -75,7 +75,7 @@ def read_cifar10(folder: Path, mean: Sequence[float], std: Sequence[float]) -> D
     return Dataset(
         train=_split(np.concatenate(train), tuple(mean), tuple(std)),
         validation=_split(test, tuple(mean), tuple(std)),
-        source=f"CIFAR-10, {sum(map(len, train)):,} images",
+        source=f"CIFAR-10, {sum(map(len, train)):,} training images",
     )
 
 

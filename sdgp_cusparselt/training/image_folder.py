@@ -238,7 +238,7 @@ def read_image_folder(
         )
 
     train, validation = split("train"), split("val")
-    source = f"{folder.name}, {len(train):,} images in {len(classes[0])} classes"
+    source = f"{folder.name}, {len(train):,} training images in {len(classes[0])} classes"
     return Dataset(train, validation, source), len(classes[0])
 
 

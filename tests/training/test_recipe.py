@@ -78,8 +78,14 @@ def test_results_from_before_the_later_fields_have_the_same_identity(path: Path)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"decay": "all"}, {"gradient_accumulation": 2}, {"flip": True}, {"translate": 1}]
-    + [{"cutout": 2}, {"flip_evaluation": True}],
+    [
+        {"decay": "all"},
+        {"gradient_accumulation": 2},
+        {"flip": True},
+        {"translate": 1},
+        {"cutout": 2},
+        {"flip_evaluation": True},
+    ],
 )
 def test_a_later_field_that_is_used_is_part_of_the_identity(changes: dict[str, Any]) -> None:
     assert Recipe(epochs=1, **changes).identity() == Recipe(epochs=1).identity() | changes
