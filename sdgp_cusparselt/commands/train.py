@@ -1,4 +1,4 @@
-"""``sdgp train``: dense beside pruned networks, from the same seeds, on data in packages."""
+"""``sdgp train``: dense beside pruned networks, from the same seeds, on real data."""
 
 import argparse
 import shlex

@@ -146,9 +146,10 @@ def test_training_images_depend_on_seed_epoch_and_index_only(tmp_path: Path) -> 
     draw, indices = Draw(4, 1), torch.tensor([3, 8, 5])
     expected, _ = first.train.batch(indices, CPU, draw)
     assert expected.shape == (3, 3, 16, 16)
-    second.train.prepare(torch.tensor([1, 2]), draw)
-    second.train.prepare(indices, draw)
-    assert torch.equal(second.train.batch(indices, CPU, draw)[0], expected)
+    for other, prepared in [(draw, [3, 8, 6]), (Draw(4, 0), [3, 8, 5]), (draw, [3, 8, 5])]:
+        second.train.prepare(torch.tensor(prepared), other)
+        assert torch.equal(second.train.batch(indices, CPU, draw)[0], expected)
+    assert not second.train._ahead  # the last one was asked for as it was prepared
     alone, _ = second.train.batch(indices[1:2], CPU, draw)
     assert torch.equal(alone[0], expected[1])
     for other in (Draw(5, 1), Draw(4, 0)):
