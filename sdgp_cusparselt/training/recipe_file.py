@@ -178,6 +178,9 @@ def _check_fit(
     if first is not None and last is not None and last < first:
         rule = f"at least image_size = {first}"
         raise _wrong(path, "[data] final_image_size", rule, last, "Sizes grow.")
+    if (last is None) != (read_options.get("ramp") is None):
+        rule, got = "given together with [data] final_image_size", "one of the two"
+        raise _wrong(path, "[data] ramp", rule, got, "Set both, or remove both.")
 
 
 def _check_folder(path: Path, reader: Reader, data: Path | None) -> Path:

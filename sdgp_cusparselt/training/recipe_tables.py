@@ -125,7 +125,7 @@ class Reader:
 
 def _load_image_folder(options: dict[str, Any], folder: Path) -> tuple[Dataset, int]:
     first = options["image_size"]
-    last, ramp = options["final_image_size"] or first, options["ramp"]
+    last, ramp = options["final_image_size"] or first, options["ramp"] or (0, 0)
     sizes = Sizes(first, last, (ramp[0], ramp[1]), options["evaluation_size"])
     workers = options["workers"] or os.cpu_count() or 1
     return read_image_folder(folder, sizes, options["mean"], options["std"], workers)
@@ -152,7 +152,7 @@ READERS = {
         {
             "image_size": whole(1),
             "final_image_size": whole(1, None),
-            "ramp": wholes(2, 0, (0, 0)),
+            "ramp": wholes(2, 0, None),
             "evaluation_size": whole(1),
             **_NORMALISATION,
             "workers": whole(1, None),

@@ -221,6 +221,7 @@ def test_wrong_files_are_named(old: str, new: str, words: str, tmp_path: Path) -
     [
         ("imagenet-resnet18", {"depths": "[2, 2]"}, "[model] depths must be as many as [model]"),
         ("imagenet-resnet18", {"final_image_size": "128"}, "at least image_size = 160, got 128"),
+        ("imagenet-resnet18", {"ramp": "[0, 1]\nworkers = 0"}, "[data] workers must be a whole"),
         ("imagenet-resnet18", {"ramp": "[65]"}, "[data] ramp must be a list of 2 whole numbers"),
         ("imagenet-resnet18", {"layer": '"deep"'}, "[model] layer must be one of basic, bottlenec"),
         ("cifar10", {"reader": '"code"', "mean": "1"}, "[data] mean must be among context"),
@@ -233,6 +234,17 @@ def test_what_does_not_fit_is_named(
     with pytest.raises(ValueError) as caught:
         load_recipe(path, tmp_path)
     assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+def test_a_growing_image_needs_its_ramp(tmp_path: Path) -> None:
+    text = shipped_text("imagenet-resnet18")
+    for line in ("ramp = [65, 76]\n", "final_image_size = 192\n"):
+        assert line in text
+        path = write(tmp_path, text.replace(line, ""))
+        with pytest.raises(ValueError, match=r"\[data\] ramp must be given together with"):
+            load_recipe(path, tmp_path)
+    both = text.replace("ramp = [65, 76]\n", "").replace("final_image_size = 192\n", "")
+    assert load_recipe(write(tmp_path, both), tmp_path).name == "imagenet-resnet18"
 
 
 def test_text_and_images_do_not_mix(tmp_path: Path) -> None:
