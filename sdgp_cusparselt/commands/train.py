@@ -42,11 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default=DEFAULT_METHODS,
         metavar="LIST",
-        help="dense, or a prune method with an optional n:m such as magnitude@1:4, "
-        "separated by commas (default: %(default)s)",
+        help="dense, or a prune method with an optional n:m such as magnitude@1:4 and an optional "
+        "method for grad_weight such as none+grad_weight=mvue, separated by commas "
+        "(default: %(default)s)",
     )
     what.add_argument(
-        "--sweep", choices=list(SWEEPS), help="table1: all rows of the paper's CIFAR-10 table"
+        "--sweep",
+        choices=list(SWEEPS),
+        help="table1: all rows of the paper's CIFAR-10 table; gradient-bias: biased and unbiased "
+        "methods for grad_input and for grad_weight",
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="how many seeds")
     parser.add_argument(

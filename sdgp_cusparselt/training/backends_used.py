@@ -1,4 +1,4 @@
-"""Which backend computed the data gradients of a model."""
+"""Which backend computed the pruned gradients of a model."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ AUTOGRAD = "torch autograd"
 
 
 def backends_used(model: nn.Module) -> list[str]:
-    """Return the backends that ran grad_input in any layer so far, sorted by name.
+    """Return the backends that ran a pruned product in any layer so far, sorted by name.
 
     A model without converted layers, or whose converted layers did not prune, answers with
     ``torch autograd``.
@@ -18,7 +18,6 @@ def backends_used(model: nn.Module) -> list[str]:
         backend
         for module in model.modules()
         if isinstance(module, SDGPModule)
-        for product, backend in module.sdgp_record.calls
-        if product == "grad_input"
+        for _, backend in module.sdgp_record.calls
     }
     return sorted(names) or [AUTOGRAD]

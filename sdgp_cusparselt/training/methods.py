@@ -1,7 +1,7 @@
-"""Method: dense, or a prune function with its n:m, as written on the command line."""
+"""Method: dense, or what prunes the gradients of a layer, as written on the command line."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from sdgp_cusparselt.config import BackendName, SDGPConfig
@@ -9,8 +9,11 @@ from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.patterns import METHODS, PruneMethod
 
 DENSE = "dense"
+NONE = "none"
 
-_PATTERN = re.compile(r"(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?")
+_PATTERN = re.compile(
+    r"(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
+)
 
 #: The rows of the SDGP paper's CIFAR-10 table, in its order.
 TABLE1 = (
@@ -29,22 +32,35 @@ TABLE1 = (
     "rescaled_magnitude@8:32",
     "rescaled_magnitude@16:32",
 )
-SWEEPS = {"table1": TABLE1}
+#: Biased methods beside unbiased ones, for one product at a time: grad_input, then grad_weight.
+_COMPARED = ("magnitude", "rescaled_magnitude", "mvue", "random")
+GRADIENT_BIAS = (
+    DENSE,
+    *(f"{prune}@2:4" for prune in _COMPARED),
+    *(f"none@2:4+grad_weight={prune}" for prune in _COMPARED),
+)
+SWEEPS = {"table1": TABLE1, "gradient-bias": GRADIENT_BIAS}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Method:
-    """What happens to the data gradient: nothing (``dense``), or a prune function at n:m.
+    """What happens to the gradients: nothing (``dense``), or prune functions at n:m.
+
+    grad_input = prune(grad_output) @ weight
+    grad_weight = grad_output.T @ input, or prune(grad_output along tokens).T @ input
 
     Args:
-        prune: ``dense`` (the model is not converted) or a prune method of ``SDGPConfig``.
+        prune: ``dense`` (the model is not converted) or a prune method of ``SDGPConfig``, which
+            ``none`` is too.
         n: values kept in a group.
         m: group size.
+        grad_weight: prune method of the second product; None leaves it dense.
     """
 
     prune: str
     n: int = 2
     m: int = 4
+    grad_weight: str | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -53,18 +69,31 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Name in tables and plots, such as ``magnitude 2:4``."""
-        return self.prune if self.is_dense else f"{self.prune} {self.n}:{self.m}"
+        """Name in tables and plots, such as ``magnitude 2:4`` or ``grad_weight: mvue 2:4``."""
+        if self.is_dense:
+            return DENSE
+        pattern = f"{self.n}:{self.m}"
+        parts = [f"{self.prune} {pattern}"] if self.prune != NONE or not self.grad_weight else []
+        parts += [f"grad_weight: {self.grad_weight} {pattern}"] if self.grad_weight else []
+        return ", ".join(parts)
 
     @property
     def spelling(self) -> str:
-        """Name on the command line, such as ``magnitude@2:4``."""
-        return self.prune if self.is_dense else f"{self.prune}@{self.n}:{self.m}"
+        """Name on the command line, such as ``magnitude@2:4`` or ``none@2:4+grad_weight=mvue``."""
+        if self.is_dense:
+            return DENSE
+        suffix = f"+grad_weight={self.grad_weight}" if self.grad_weight else ""
+        return f"{self.prune}@{self.n}:{self.m}{suffix}"
 
     @property
     def slug(self) -> str:
         """Name in file names, such as ``magnitude-2of4``."""
-        return self.prune if self.is_dense else f"{self.prune}-{self.n}of{self.m}"
+        return self.spelling.replace("@", "-").replace(":", "of").replace("=", "-")
+
+    @property
+    def prunes_grad_input(self) -> bool:
+        """Whether the data gradient differs from the dense one."""
+        return not self.is_dense and self.prune != NONE and self.n < self.m
 
     def config(self, backend: BackendName = "auto") -> SDGPConfig | None:
         """Return the conversion's config, or None for dense.
@@ -79,33 +108,42 @@ class Method:
             return None
         # A shape that runs faster dense must prune all the same: the accuracy is the question here.
         prune = cast(PruneMethod, self.prune)
-        return SDGPConfig(prune=prune, n=self.n, m=self.m, backend=backend, on_slower="prune")
+        config = SDGPConfig(prune=prune, n=self.n, m=self.m, backend=backend, on_slower="prune")
+        if self.grad_weight is None:
+            return config
+        grad_weight_prune = cast(PruneMethod, self.grad_weight)
+        return replace(config, grad_weight="sparse", grad_weight_prune=grad_weight_prune)
 
 
 def parse_method(text: str) -> Method:
-    """Read ``dense``, ``magnitude`` (then 2:4) or ``magnitude@n:m``.
+    """Read ``dense``, ``magnitude`` (then 2:4), ``magnitude@n:m`` or ``...+grad_weight=mvue``.
 
     Args:
         text: one entry of ``--methods``.
 
     Returns:
-        The method, its n and m checked by ``SDGPConfig``.
+        The method, its parts checked by ``SDGPConfig``.
 
     Raises:
         ValueError: the spelling, the prune method, or n and m are wrong.
     """
     match = _PATTERN.fullmatch(text.strip())
-    known = (DENSE, *METHODS)
-    if match is None or match["prune"] not in known or (match["prune"] == DENSE and match["n"]):
-        rule = f"dense, or one of {', '.join(METHODS)}, optionally with @n:m"
-        fix = "Write for example magnitude or rescaled_magnitude@4:8."
+    if match is None or not _is_known(match):
+        rule = (
+            f"dense, or one of {', '.join(METHODS)}, optionally with @n:m and +grad_weight=METHOD"
+        )
+        fix = "Write for example magnitude, rescaled_magnitude@4:8 or none+grad_weight=mvue."
         raise value_error("parse_method", "text", rule, repr(text), fix)
-    if match["n"] is None:
-        method = Method(match["prune"])
-    else:
-        method = Method(match["prune"], int(match["n"]), int(match["m"]))
+    n, m = (int(match["n"]), int(match["m"])) if match["n"] else (2, 4)
+    method = Method(match["prune"], n, m, match["grad_weight"])
     method.config()
     return method
+
+
+def _is_known(match: re.Match[str]) -> bool:
+    if match["prune"] == DENSE:
+        return not match["n"] and not match["grad_weight"]
+    return match["prune"] in METHODS and match["grad_weight"] in (None, *METHODS)
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:

@@ -117,11 +117,17 @@ class ResNet9(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm causal self-attention and a GELU MLP of four times the width, as in GPT-2."""
+    """Pre-norm self-attention and a GELU MLP of four times the width, as in GPT-2 and ViT.
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    Args:
+        width: of the residual stream.
+        num_heads: of the attention; divides ``width``.
+        causal: whether a position sees only those before it.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, causal: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.causal = num_heads, causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -138,7 +144,7 @@ class TransformerBlock(nn.Module):
             query.view(heads).transpose(1, 2),
             key.view(heads).transpose(1, 2),
             value.view(heads).transpose(1, 2),
-            is_causal=True,
+            is_causal=self.causal,
         )
         hidden: Tensor = input + self.proj(attended.transpose(1, 2).reshape(batch, length, width))
         expanded: Tensor = self.up(self.norm2(hidden))
@@ -161,7 +167,7 @@ class ByteGPT(nn.Module):
         self.byte_embedding = nn.Embedding(VOCABULARY, width)
         self.position_embedding = nn.Embedding(context, width)
         self.blocks = nn.Sequential(
-            *(TransformerBlock(width, num_heads) for _ in range(num_layers))
+            *(TransformerBlock(width, num_heads, causal=True) for _ in range(num_layers))
         )
         self.norm = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
@@ -172,6 +178,47 @@ class ByteGPT(nn.Module):
         positions = torch.arange(input.shape[1], device=input.device)
         hidden = self.byte_embedding(input) + self.position_embedding(positions)
         logits: Tensor = self.lm_head(self.norm(self.blocks(hidden)))
+        return logits
+
+
+class ViT(nn.Module):
+    """A vision transformer over patches of one size, its last tokens averaged.
+
+    Args:
+        in_channels: of the image.
+        image_size: height and width, a multiple of ``patch_size``.
+        patch_size: height and width of a patch.
+        width: of the residual stream.
+        num_layers: blocks.
+        num_heads: of each attention; divides ``width``.
+        num_classes: outputs of ``head``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.position_embedding = nn.Embedding((image_size // patch_size) ** 2, width)
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, num_heads, causal=False) for _ in range(num_layers))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+        self.apply(_initialise)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map images [B, C, H, W] to logits [B, num_classes]."""
+        patches = self.patch_embedding(input).flatten(2).transpose(1, 2)
+        hidden = self.blocks(patches + self.position_embedding.weight)
+        logits: Tensor = self.head(self.norm(hidden).mean(dim=1))
         return logits
 
 

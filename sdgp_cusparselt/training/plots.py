@@ -52,7 +52,8 @@ def plot_curves(document: dict[str, Any], metric: Metric, path: Path) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=8, title=_legend_title(document, metric), title_fontsize=8)
-    figure.suptitle(_title(document), fontsize=11)
+    bands = ", bands from min to max" if len(document["summary"][0]["seeds"]) > 1 else ""
+    figure.suptitle(_title(document) + bands, fontsize=11)
     _save(figure, path)
 
 
@@ -154,5 +155,5 @@ def _legend_title(document: dict[str, Any], metric: Metric) -> str:
 
 def _title(document: dict[str, Any]) -> str:
     seeds = len(document["summary"][0]["seeds"])
-    bands = "" if seeds == 1 else f", {seeds} seeds, bands from min to max"
-    return f"{document['task']}: {document['data']['source']}{bands}"
+    number = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    return f"{document['task']}: {document['data']['source']}, {number}"

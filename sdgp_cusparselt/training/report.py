@@ -17,6 +17,7 @@ def header(metric: Metric, num_seeds: int) -> list[str]:
         f"{metric.name}, {metric.unit}{spread} ({seeds})",
         "min to max",
         "minus dense",
+        "training loss",
         "ms per step",
         "grad_input FLOPs pruned",
         "backend",
@@ -40,6 +41,7 @@ def _row(entry: dict[str, Any], metric: Metric) -> list[str]:
         mean,
         f"{text(entry['min'])} to {text(entry['max'])}",
         _difference(entry, metric),
+        "-" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}",
         f"{entry['ms_per_step']:.1f}",
         f"{100 * entry['pruned_flop_share']:.1f} %",
         ", ".join(entry["backends"]),
@@ -60,7 +62,7 @@ def terminal_table(document: dict[str, Any], metric: Metric) -> Table:
     summary = document["summary"]
     table = Table(title=f"{document['task']}: {document['data']['source']}", title_justify="left")
     for index, title in enumerate(header(metric, _num_seeds(summary))):
-        table.add_column(title, justify="left" if index in (0, 6) else "right")
+        table.add_column(title, justify="left" if index in (0, 7) else "right")
     for cells in rows(summary, metric):
         table.add_row(*cells)
     return table
@@ -76,7 +78,8 @@ def markdown_table(document: dict[str, Any], metric: Metric) -> str:
         f"{table}\n\n{document['task']} ({document['data']['source']}), "
         f"{document['runs'][0]['steps']} steps, {environment['precision']}, "
         f"{environment['device_type']} {environment['device']}, torch {environment['torch']}, "
-        f"sdgp_cusparselt {environment['sdgp_cusparselt']}. The value is that of the last step; "
+        f"sdgp_cusparselt {environment['sdgp_cusparselt']}. The value is that of the last step, "
+        "the training loss the mean, in nats, since the evaluation before it; "
         "± is the sample standard deviation over seeds; *minus dense* pairs the seeds.\n"
     )
 

@@ -4,7 +4,7 @@ import copy
 import json
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,9 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "converted": trainer.converted,
         "skipped": trainer.skipped,
         "grad_input_flops": trainer.flops.by_layer,
-        "pruned_flop_share": trainer.flops.share(trainer.converted),
+        "pruned_flop_share": trainer.flops.share(
+            trainer.converted if trainer.spec.method.prunes_grad_input else ()
+        ),
         "backends": trainer.backends,
         "history": history,
     }
@@ -173,7 +175,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         Rows in the order in which the methods first appear. ``std`` is the sample standard
-        deviation (None for one seed); ``difference`` pairs each seed with dense of that seed.
+        deviation (None for one seed); ``difference`` pairs each seed with dense of that seed;
+        ``train_loss`` is the mean since the evaluation before the last, in nats.
     """
     by_method: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
@@ -187,7 +190,7 @@ def _summary(
     method: str, runs: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]]
 ) -> dict[str, Any]:
     values = [run["metric"] for run in runs.values()]
-    valid = [value for value in values if value is not None]
+    valid = _finite(values)
     differences = [
         run["metric"] - dense[seed]["metric"]
         for seed, run in runs.items()
@@ -205,11 +208,16 @@ def _summary(
         "max": max(valid, default=None),
         "difference_mean": _mean(differences),
         "difference_std": _std(differences),
+        "train_loss": _mean(_finite(run["history"][-1]["train_loss"] for run in runs.values())),
         "num_not_finite": len(values) - len(valid),
         "ms_per_step": statistics.median(run["ms_per_step"] for run in runs.values()),
         "pruned_flop_share": first["pruned_flop_share"],
         "backends": sorted({backend for run in runs.values() for backend in run["backends"]}),
     }
+
+
+def _finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""The three tasks: their data, model, metric and default recipe."""
+"""The tasks: their data, model, metric and default recipe."""
 
 import platform
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.training.corpus import read_corpus, windows
 from sdgp_cusparselt.training.data import Dataset, Split, shuffled_split
 from sdgp_cusparselt.training.extras import require
-from sdgp_cusparselt.training.models import ByteGPT, ResNet9, SmallResNet
+from sdgp_cusparselt.training.models import ByteGPT, ResNet9, SmallResNet, ViT
 from sdgp_cusparselt.training.recipe import Recipe
 
 CONTEXT = 128
@@ -128,6 +128,23 @@ _ALL = (
         metric=ACCURACY,
         recipe=Recipe(epochs=8, batch_size=64, learning_rate=0.1, label_smoothing=0.1),
         evaluations=8,
+    ),
+    Task(
+        name="mnist-vit",
+        summary="5,000 images of MNIST, a ViT of four layers",
+        load=load_mnist,
+        build_model=lambda: ViT(1, 28, 7, width=64, num_layers=4, num_heads=4, num_classes=10),
+        metric=ACCURACY,
+        recipe=Recipe(
+            optimizer="adamw",
+            learning_rate=3e-3,
+            epochs=10,
+            batch_size=64,
+            weight_decay=0.05,
+            label_smoothing=0.1,
+            max_grad_norm=1.0,
+        ),
+        evaluations=10,
     ),
     Task(
         name="code-lm",

@@ -59,6 +59,20 @@ def test_sweep_table1(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("short_digits")
+def test_sweep_gradient_bias(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert train("digits", "--sweep", "gradient-bias", "--steps", 6, "--out", out) == 0
+    document = json.loads((out / "results.json").read_text())
+    shares = [entry["pruned_flop_share"] for entry in document["summary"]]
+    assert min(shares[1:5]) > 0.99 and shares[0] == max(shares[5:]) == 0
+    backends = [entry["backends"] for entry in document["summary"]]
+    assert backends == [["torch autograd"], *[["dense"]] * 8]
+    # Pruned each in its own way, they end in nine different losses.
+    losses = {run["history"][-1]["train_loss"] for run in document["runs"]}
+    assert len(losses) == 9
+
+
+@pytest.mark.usefixtures("short_digits")
 def test_earlier_runs_are_kept_unless_told_otherwise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,15 +4,44 @@ import pytest
 from torch import nn
 
 from sdgp_cusparselt.convert import convert_
-from sdgp_cusparselt.training.methods import TABLE1, Method, parse_method, parse_methods
+from sdgp_cusparselt.training.methods import (
+    GRADIENT_BIAS,
+    TABLE1,
+    Method,
+    parse_method,
+    parse_methods,
+)
 from sdgp_cusparselt.training.tasks import TASKS
 
 
 def test_spelling_is_read_back() -> None:
-    for row in TABLE1:
+    for row in (*TABLE1, *GRADIENT_BIAS, "magnitude@1:4+grad_weight=random"):
         assert parse_method(row).spelling == row
     assert parse_method(" magnitude ") == Method("magnitude", 2, 4)
     assert parse_method("mvue@1:2") == Method("mvue", 1, 2)
+    assert parse_method("none+grad_weight=mvue") == Method("none", 2, 4, "mvue")
+
+
+def test_labels_and_slugs() -> None:
+    both = Method("magnitude", 2, 4, "mvue")
+    assert both.label == "magnitude 2:4, grad_weight: mvue 2:4"
+    assert both.slug == "magnitude-2of4+grad_weight-mvue"
+    assert Method("none", 2, 4, "mvue").label == "grad_weight: mvue 2:4"
+    assert Method("none").label == "none 2:4"
+    assert Method("rescaled_magnitude", 1, 4).slug == "rescaled_magnitude-1of4"
+
+
+def test_gradient_bias_compares_four_methods_for_each_product() -> None:
+    methods = [parse_method(row) for row in GRADIENT_BIAS]
+    compared = ["magnitude", "rescaled_magnitude", "mvue", "random"]
+    assert [m.prune for m in methods[1:5]] == [m.grad_weight for m in methods[5:]] == compared
+    configs = [m.config() for m in methods]
+    assert configs[0] is None and not methods[0].prunes_grad_input
+    for method, config in zip(methods[1:], configs[1:], strict=True):
+        assert config is not None and config.prunes == method.prunes_grad_input
+        assert (config.grad_weight == "sparse") == (method.grad_weight is not None)
+        if method.grad_weight is not None:
+            assert config.grad_weight_prune == method.grad_weight and not config.prunes
 
 
 def test_table1_has_the_rows_of_the_paper() -> None:
@@ -39,7 +68,8 @@ def test_every_row_of_table1_prunes_the_same_layers(task: object) -> None:
     kinds = (nn.Linear, nn.Conv2d)
     everything = [fqn for fqn, module in model.named_modules() if isinstance(module, kinds)]
     left_out = [fqn for fqn in everything if fqn not in layers]
-    assert all("stem" in fqn or fqn in ("fc", "lm_head") for fqn in left_out)
+    outer = ("patch_embedding", "fc", "head", "lm_head")
+    assert all("stem" in fqn or fqn in outer for fqn in left_out)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +77,9 @@ def test_every_row_of_table1_prunes_the_same_layers(task: object) -> None:
     [
         ("magnitud", "got 'magnitud'"),
         ("dense@2:4", "got 'dense@2:4'"),
+        ("dense+grad_weight=mvue", "got 'dense+grad_weight=mvue'"),
+        ("none+grad_weight=dense", "got 'none+grad_weight=dense'"),
+        ("magnitude@2:8+grad_weight=mvue", "grad_weight must be"),
         ("magnitude@2", "got 'magnitude@2'"),
         ("magnitude@-1:4", "got 'magnitude@-1:4'"),
         ("magnitude@5:4", "n must be"),

@@ -93,7 +93,8 @@ def test_results_of_another_recipe_are_refused(image_task: Task, tmp_path: Path)
 
 
 def fake(method: str, seed: int, metric: float | None) -> dict[str, Any]:
-    history = [{"step": 1, "train_loss": 1.0, "metric": metric, "ms_per_step": 2.0 + seed}]
+    loss = None if metric is None else 0.5 + seed / 2
+    history = [{"step": 1, "train_loss": loss, "metric": metric, "ms_per_step": 2.0 + seed}]
     return {
         "identity": {"method": method, "seed": seed, "recipe": {}},
         "label": method.replace("@", " "),
@@ -120,6 +121,7 @@ def test_summary_pairs_the_seeds() -> None:
     assert random["difference_mean"] == pytest.approx(-10 / 3)
     assert random["difference_std"] == pytest.approx(statistics.stdev([-1, -2, -7]))
     assert random["ms_per_step"] == 3.0
+    assert random["train_loss"] == 1.0
 
 
 def test_summary_without_dense_or_spread_or_finite_values() -> None:
@@ -134,10 +136,19 @@ def test_table_cells() -> None:
     assert header(ACCURACY, 3)[1] == "accuracy, % ± std (3 seeds)"
     assert header(BITS_PER_BYTE, 1)[1] == "bits per byte, bits (1 seed)"
     dense, random = rows(summarise(FAKES), ACCURACY)
-    assert dense == ["dense", "93.00 ± 3.61", "90.00 to 97.00", "", "3.0", "0.0 %", "dense"]
-    assert random[0] == "random 2:4" and random[3] == "-3.33 ± 3.21" and random[5] == "75.0 %"
+    assert dense == [
+        "dense",
+        "93.00 ± 3.61",
+        "90.00 to 97.00",
+        "",
+        "1.0000",
+        "3.0",
+        "0.0 %",
+        "dense",
+    ]
+    assert random[0] == "random 2:4" and random[3] == "-3.33 ± 3.21" and random[6] == "75.0 %"
     (lost,) = rows(summarise([fake("random@2:4", 0, None)]), ACCURACY)
-    assert lost[1:4] == ["- (1 not finite)", "- to -", ""]
+    assert lost[1:5] == ["- (1 not finite)", "- to -", "", "-"]
 
 
 @pytest.fixture
@@ -170,7 +181,7 @@ def test_document_has_its_schema(document: dict[str, Any], tmp_path: Path) -> No
 def test_markdown_says_what_it_was_run_on(document: dict[str, Any]) -> None:
     lines = markdown_table(document, ACCURACY).splitlines()
     assert lines[0].startswith("| method | accuracy, % ± std (2 seeds) |")
-    assert {line.count("|") for line in lines[:4]} == {8}
+    assert {line.count("|") for line in lines[:4]} == {9}
     assert lines[2].startswith("| dense | ") and lines[3].startswith("| magnitude 1:4 | ")
     assert "9 steps, fp32, cpu" in lines[5] and document["environment"]["torch"] in lines[5]
 
