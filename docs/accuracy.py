@@ -1,46 +1,120 @@
-"""Write README's accuracy tables from the result files: python docs/accuracy.py
+"""Write the tables of measured training runs into the pages: python docs/accuracy.py
 
-A table stands between ``<!-- accuracy: FILE -->`` and ``<!-- end of accuracy -->``.
+A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end of KIND -->``; KIND is
+
+- ``accuracy``: final metric, mean ± std over seeds, and in brackets the mean difference to dense
+  of the same seed; a column for each result file of ``sdgp train``;
+- ``training-loss``: the same for the training loss at the end, means only;
+- ``gradient-bias``: the file of docs/gradient_bias.py.
 """
 
 import json
+import math
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdgp_cusparselt.training.tasks import TASKS
+
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"<!-- accuracy: (\S+) -->\n(?:.*?<!-- end of accuracy -->\n)?", re.DOTALL)
-HEAD = "| {task}, {metric} | mean ± std | min to max | minus dense |\n|---|---:|---:|---:|"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
+BLOCK = re.compile(
+    r"<!-- (accuracy|training-loss|gradient-bias): ([^>]+) -->\n(?:.*?<!-- end of \1 -->\n)?",
+    re.DOTALL,
+)
+Cell = Callable[[dict[str, Any], int], str]
 
 
-def with_accuracy(text: str) -> str:
-    """Return a page with every accuracy table made anew from the file that it names."""
+def with_tables(text: str) -> str:
+    """Return a page with every table made anew from the files that it names."""
 
     def made(match: re.Match[str]) -> str:
-        document = json.loads((ROOT / match[1]).read_text(encoding="utf-8"))
-        return f"<!-- accuracy: {match[1]} -->\n{table(document)}\n<!-- end of accuracy -->\n"
+        kind, files = match[1], match[2].split()
+        documents = [json.loads((ROOT / file).read_text(encoding="utf-8")) for file in files]
+        if kind == "gradient-bias":
+            table = bias_table(documents[0])
+        else:
+            table = sweep_table(documents, metric_cell if kind == "accuracy" else loss_cell)
+        return f"<!-- {kind}: {match[2]} -->\n{table}\n<!-- end of {kind} -->\n"
 
     return BLOCK.sub(made, text)
 
 
-def table(document: dict[str, Any]) -> str:
-    """Return one result file as Markdown: a row per method, losses kept."""
+def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
+    """Return a row per method and a column per result file, losses kept."""
+    titles = ["method", *(_title(document, cell) for document in documents)]
+    lines = [titles, ["---", *["---:"] * len(documents)]]
+    labels: dict[str, str] = {}
+    for document in documents:
+        labels |= {row["method"]: row["label"] for row in document["summary"]}
+    columns = [{row["method"]: row for row in document["summary"]} for document in documents]
+    digits = [TASKS[document["task"]].metric.digits for document in documents]
+    for method, label in labels.items():
+        cells = [
+            cell(column[method], places) if method in column else ""
+            for column, places in zip(columns, digits, strict=True)
+        ]
+        lines.append([label, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _title(document: dict[str, Any], cell: Cell) -> str:
+    seeds = max(len(row["seeds"]) for row in document["summary"])
+    if cell is loss_cell:
+        return f"{document['task']}, nats"
     metric = document["metric"]
-    unit = f"{metric['name']} ({metric['unit']})"
-    lines = [HEAD.format(task=document["task"], metric=unit)]
-    for row in document["summary"]:
-        spread = f"{row['mean']:.2f} ± {row['std']:.2f}"
-        difference = f"{row['difference_mean']:+.2f} ± {row['difference_std']:.2f}"
-        cells = [row["label"], spread, f"{row['min']:.2f} to {row['max']:.2f}"]
-        cells.append("" if row["method"] == "dense" else difference)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    unit = " (%)" if metric["unit"] == "%" else ""
+    better = "" if metric["higher_is_better"] else ", lower is better"
+    return f"{document['task']}, {metric['name']}{unit}{better}, {seeds} seeds"
+
+
+def metric_cell(row: dict[str, Any], digits: int) -> str:
+    """Return mean ± std and the difference to dense, or how many runs ended in no number."""
+    if row["num_not_finite"]:
+        return f"{row['num_not_finite']} of {len(row['values'])} not finite"
+    spread = f"{row['mean']:.{digits}f} ± {row['std']:.{digits}f}"
+    if row["method"] == "dense":
+        return spread
+    return f"{spread} ({row['difference_mean']:+.{digits}f})"
+
+
+def loss_cell(row: dict[str, Any], digits: int) -> str:
+    """Return the mean training loss at the end; the metric's digits do not matter to it."""
+    return "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
+
+
+def bias_table(document: dict[str, Any]) -> str:
+    """Return medians over a model's weights, and the same of its first weight."""
+    lines = [
+        ["task", "method", "one step", "mean", "bias", "one step, first", "mean, first"],
+        ["---", "---", *["---:"] * 5],
+    ]
+    for task, content in document["tasks"].items():
+        for spelling, rows in content["methods"].items():
+            if spelling == "dense":
+                continue
+            steps, means = ([_angle(row[key]) for row in rows] for key in _COSINES)
+            angles = [statistics.median(steps), statistics.median(means), steps[0], means[0]]
+            step, mean, step_first, mean_first = (f"{angle:.1f}°" for angle in angles)
+            bias = f"{statistics.median(row['bias'] for row in rows):.3f}"
+            method = spelling.partition("@")[0]
+            lines.append([task, method, step, mean, bias, step_first, mean_first])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_COSINES = ("cosine_step", "cosine_mean")
+
+
+def _angle(cosine: float) -> float:
+    return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
 
 
 def main() -> None:
-    """Write README's tables."""
-    readme = ROOT / "README.md"
-    readme.write_text(with_accuracy(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the tables of every page."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

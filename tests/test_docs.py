@@ -149,12 +149,16 @@ def test_right_blocks_pass_and_share_their_names_and_folder(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_accuracy_in_the_readme_is_what_the_result_files_say() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_measured_tables_are_what_the_result_files_say() -> None:
     module = load_generator("accuracy")
-    assert len(module.BLOCK.findall(text)) >= 2
-    assert module.with_accuracy(text) == text, "run: python docs/accuracy.py"
-    assert module.with_accuracy(text.replace(" ± ", " + ")) == text
+    found = []
+    for page in module.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert module.with_tables(text) == text, "run: python docs/accuracy.py"
+        assert module.with_tables(text.replace(" ± ", " + ").replace("°", "")) == text
+        found += module.BLOCK.findall(text)
+    kinds = {kind for kind, _ in found}
+    assert kinds == {"accuracy", "training-loss", "gradient-bias"} and len(found) >= 4
 
 
 def test_predictions_in_the_docs_are_what_the_planner_says() -> None:
