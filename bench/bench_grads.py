@@ -50,7 +50,9 @@ def _work(
 
 
 def _config(tokens: str = "mvue") -> sdgp.SDGPConfig:
-    return sdgp.SDGPConfig(grad_weight="sparse", grad_weight_prune=tokens, tune=TUNE)
+    return sdgp.SDGPConfig(
+        prune="magnitude", grad_weight="sparse", grad_weight_prune=tokens, tune=TUNE
+    )
 
 
 def _sparse(which: Product, tokens: str = "magnitude") -> Prepare:

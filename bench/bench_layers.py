@@ -28,8 +28,8 @@ from sdgp_cusparselt import records
 pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")
 
 CONFIGS = {
-    "grad_input": sdgp.SDGPConfig(tune=TUNE),
-    "grad_input + grad_weight": sdgp.SDGPConfig(grad_weight="sparse", tune=TUNE),
+    "grad_input": sdgp.SDGPConfig(prune="magnitude", tune=TUNE),
+    "grad_input + grad_weight": sdgp.SDGPConfig(prune="magnitude", grad_weight="sparse", tune=TUNE),
 }
 
 

@@ -16,7 +16,7 @@ def train(steps: int, accumulate: int = 1) -> tuple[torch.nn.Module, list[float]
     """Return the trained model and the loss of every micro batch."""
     accelerator = Accelerator(gradient_accumulation_steps=accumulate)
     model = build_model()
-    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="mvue"))
     optimizer = build_optimizer(model)
     loader = DataLoader(Text(), batch_size=BATCH // accumulate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def train(steps: int, backend: str = "inductor") -> tuple[torch.nn.Module, list[float]]:
     """Return the trained model and the loss of every step."""
     model = build_model().to(DEVICE)
-    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="mvue"))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     optimizer = build_optimizer(model)
     batches = iter(DataLoader(Text(), batch_size=BATCH))

@@ -22,7 +22,7 @@ def train(steps: int, batch: int = BATCH) -> tuple[torch.nn.Module, list[float]]
     model = build_model().to(device)
     # tune="first_use" is safe here: one rank of each kind of GPU times a shape, the others wait
     # for its result, and not longer than two minutes.
-    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="mvue"))
     wrapped = DistributedDataParallel(model, device_ids=[device] if CUDA else None)
     optimizer = build_optimizer(model)
     sampler = DistributedSampler(Text(), shuffle=False)

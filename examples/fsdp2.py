@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def train(steps: int, batch: int = BATCH) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Return the whole trained state dict (on rank 0) and the mean loss of every step."""
     model = build_model().to(DEVICE)
-    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="mvue"))
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)

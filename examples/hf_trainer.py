@@ -26,7 +26,7 @@ class Losses(TrainerCallback):
 def train(steps: int) -> tuple[torch.nn.Module, list[float]]:
     """Return the trained model and the loss of every step."""
     model = build_model()
-    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="mvue"))
     losses = Losses()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(

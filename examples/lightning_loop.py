@@ -32,7 +32,7 @@ class Language(lightning.LightningModule):
 def train(steps: int) -> tuple[torch.nn.Module, list[float]]:
     """Return the trained model and the loss of every step."""
     module = Language()
-    sdgp.convert_(module.model, sdgp.SDGPConfig(prune="magnitude"))
+    sdgp.convert_(module.model, sdgp.SDGPConfig(prune="mvue"))
     module.train()
     trainer = lightning.Trainer(
         max_steps=steps,

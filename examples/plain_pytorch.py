@@ -18,7 +18,7 @@ def train(
 ) -> tuple[torch.nn.Module, list[float]]:
     """Return the trained model and the loss of every step."""
     model = build_model().to(DEVICE)
-    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="mvue"))
     optimizer = build_optimizer(model)
     # fp16 gradients overflow; pruning keeps every Inf and NaN, so the scaler sees and skips them.
     scaler = torch.amp.GradScaler(DEVICE, enabled=precision == "fp16")

@@ -15,7 +15,7 @@ from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.equivalence import compare, product_bound
 
 #: Deterministic pruning, so that there is one right result.
-CONFIG = SDGPConfig(grad_weight="sparse", grad_weight_prune="magnitude")
+CONFIG = SDGPConfig(prune="magnitude", grad_weight="sparse", grad_weight_prune="magnitude")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

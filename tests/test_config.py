@@ -31,11 +31,11 @@ def test_bad_values(kwargs: dict, error: type[Exception], words: str) -> None:
 
 
 def test_frozen_hashable_and_replaceable() -> None:
-    config = sdgp.SDGPConfig()
+    config = sdgp.SDGPConfig(prune="magnitude")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n = 1
-    assert config.replace(n=1) == sdgp.SDGPConfig(n=1)
-    assert len({config, sdgp.SDGPConfig()}) == 1
+    assert config.replace(n=1) == sdgp.SDGPConfig(prune="magnitude", n=1)
+    assert len({config, sdgp.SDGPConfig(prune="magnitude")}) == 1
     with pytest.raises(ValueError, match="n must be"):
         config.replace(n=9)
 

@@ -154,7 +154,7 @@ def test_padding_modes(mode: str, padding: int | tuple[int, int] | str) -> None:
 
 def test_deepcopy_and_pickle() -> None:
     model = small_net()
-    sdgp.convert_(model, sdgp.SDGPConfig(n=1))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude", n=1))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -207,14 +207,14 @@ def test_subclasses_are_left_alone_and_named() -> None:
 
 def test_from_dense_and_back_share_parameters() -> None:
     dense = nn.Linear(8, 16)
-    layer = sdgp.nn.SDGPLinear.from_dense(dense, sdgp.SDGPConfig())
+    layer = sdgp.nn.SDGPLinear.from_dense(dense, sdgp.SDGPConfig(prune="magnitude"))
     assert type(dense) is nn.Linear and layer.weight is dense.weight
     assert "in_features=8" in repr(layer) and "sdgp=magnitude 2:4" in repr(layer)
     plain = layer.to_dense()
     assert type(plain) is nn.Linear and plain.weight is dense.weight
     assert isinstance(layer, sdgp.nn.SDGPLinear)
     with pytest.raises(TypeError, match="SDGPConv2d.from_dense: module must be"):
-        sdgp.nn.SDGPConv2d.from_dense(dense, sdgp.SDGPConfig())
+        sdgp.nn.SDGPConv2d.from_dense(dense, sdgp.SDGPConfig(prune="magnitude"))
     with pytest.raises(TypeError, match="config must be an SDGPConfig"):
         sdgp.nn.SDGPLinear.from_dense(dense, None)
 

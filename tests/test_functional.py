@@ -12,7 +12,7 @@ import sdgp_cusparselt as sdgp
 from sdgp_cusparselt import functional as SF
 from tests.helpers import assert_product, oracle_magnitude
 
-CONFIG = sdgp.SDGPConfig()
+CONFIG = sdgp.SDGPConfig(prune="magnitude")
 Layer = Callable[..., Tensor]
 
 
@@ -167,7 +167,7 @@ def test_gradcheck_without_pruning(kind: str) -> None:
 
 def test_sparse_grad_weight_prunes_along_tokens() -> None:
     input, weight, grad_output = torch.randn(30, 24), torch.randn(16, 24), torch.randn(30, 16)
-    config = sdgp.SDGPConfig(grad_weight="sparse", grad_weight_prune="magnitude")
+    config = sdgp.SDGPConfig(prune="magnitude", grad_weight="sparse", grad_weight_prune="magnitude")
     layer = lambda *t: SF.linear(*t, config=config)
     _, _, grad_weight, grad_bias = gradients(layer, grad_output, input, weight, torch.randn(16))
     assert_product(grad_weight, oracle_magnitude(grad_output, 2, 4, 0).t(), input)
@@ -177,7 +177,7 @@ def test_sparse_grad_weight_prunes_along_tokens() -> None:
 def test_sparse_conv_grad_weight_prunes_along_pixels() -> None:
     input, weight, bias = torch.randn(2, 8, 7, 7), torch.randn(16, 8, 3, 3), torch.randn(16)
     grad_output = torch.randn(2, 16, 5, 5)
-    config = sdgp.SDGPConfig(grad_weight="sparse", grad_weight_prune="magnitude")
+    config = sdgp.SDGPConfig(prune="magnitude", grad_weight="sparse", grad_weight_prune="magnitude")
     layer = lambda *t: SF.conv2d(*t, config=config)
     ours = gradients(layer, grad_output, input, weight, bias)
     pixels = grad_output.permute(0, 2, 3, 1)

@@ -13,7 +13,7 @@ from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.packing.layout import PLAIN
 from sdgp_cusparselt.records import COMPILED, LayerRecord, record_of
 
-CONFIG = sdgp.SDGPConfig()
+CONFIG = sdgp.SDGPConfig(prune="magnitude")
 SPARSE = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
 GEOMETRY = ops.flat_geometry(ConvGeometry((2, 2), (1, 1), (1, 1), 1))
 LAST = torch.channels_last

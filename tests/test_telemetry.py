@@ -49,7 +49,7 @@ def test_calls_times_and_errors_of_every_layer() -> None:
 
 def test_gradient_error_against_a_computation_in_float64() -> None:
     model = nn.Linear(16, 32)
-    sdgp.convert_(model, sdgp.SDGPConfig(telemetry_every=1, backend="dense"))
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude", telemetry_every=1, backend="dense"))
     grad = torch.randn(8, 32)
     step(model, grad)
     error = sdgp.telemetry(model).layers[0]["gradient_error"]

@@ -15,6 +15,7 @@ from rich.table import Table
 from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
+from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.convert import is_head
 from sdgp_cusparselt.nn import SDGPConv1D, sdgp_class_of
 from sdgp_cusparselt.patterns import METHODS
@@ -52,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", type=_shape, help="of a sample, such as 3x224x224 (with --model)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="with --model")
-    parser.add_argument("--prune", choices=METHODS[1:], default="magnitude", help="with --model")
+    parser.add_argument(
+        "--prune", choices=METHODS[1:], default=SDGPConfig().prune, help="with --model"
+    )
     parser.add_argument(
         "--grad-weight",
         choices=METHODS[1:],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sdgp_cusparselt.config import SDGPConfig
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.patterns import METHODS
 from sdgp_cusparselt.tuning.decision import MATMUL, Key, gemm_from_dict
@@ -18,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 DEFAULTS: Mapping[str, Any] = {
     "dtype": "bfloat16",
     "dense_order": "row",
-    "method": "magnitude",
+    "method": SDGPConfig().prune,
     "transpose": False,
     "rival": MATMUL.name,
 }

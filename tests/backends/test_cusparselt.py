@@ -18,7 +18,7 @@ from sdgp_cusparselt.products import conv_rival
 from tests.emulator.control import Emulator
 from tests.helpers import assert_product, oracle_magnitude
 
-CONFIG = sdgp.SDGPConfig()
+CONFIG = sdgp.SDGPConfig(prune="magnitude")
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -16,7 +16,7 @@ from sdgp_cusparselt.tuning import store
 
 pytestmark = pytest.mark.gpu
 
-NEVER = sdgp.SDGPConfig(tune="never", on_unsupported="raise")
+NEVER = sdgp.SDGPConfig(prune="magnitude", tune="never", on_unsupported="raise")
 BF16 = torch.bfloat16
 
 

@@ -19,7 +19,7 @@ from sdgp_cusparselt.tuning import store, timing
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product
 
-NEVER = sdgp.SDGPConfig(tune="never")
+NEVER = sdgp.SDGPConfig(prune="magnitude", tune="never")
 EPS = torch.finfo(torch.bfloat16).eps
 
 
@@ -206,11 +206,11 @@ def test_a_slower_sparse_path_is_not_taken(
 
 
 def test_untuned_shapes_stay_dense_and_say_so(emulated: CusparseLtBackend) -> None:
-    layer, x, grad_output = linear(sdgp.SDGPConfig())
+    layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude"))
     with pytest.warns(sdgp.SDGPFallbackWarning, match="not tuned yet: run sdgp tune"):
         layer(x).backward(grad_output)
     assert dict(layer.sdgp_record.calls) == {("grad_input", "dense"): 1}
-    strict, x, grad_output = linear(sdgp.SDGPConfig(on_unsupported="raise"))
+    strict, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude", on_unsupported="raise"))
     with pytest.raises(sdgp.NotSupportedError, match="not tuned yet"):
         strict(x).backward(grad_output)
 

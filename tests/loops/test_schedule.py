@@ -149,7 +149,10 @@ def test_what_is_kept_keeps_its_bits_and_an_inf_stays_one_under_decay() -> None:
 
     grad = torch.randn(4, 8).bfloat16()
     grad[0, 1], grad[1, 2], grad[2, 3] = torch.inf, -torch.inf, torch.nan
-    kept, mixed = sdgp.prune(grad), prune_features(grad, sdgp.SDGPConfig(beta=0.25))
+    kept, mixed = (
+        sdgp.prune(grad),
+        prune_features(grad, sdgp.SDGPConfig(prune="magnitude", beta=0.25)),
+    )
     is_kept = kept != 0
     finite = is_kept & ~kept.isnan()
     assert same_bits(mixed[finite], kept[finite]) and mixed[2, 3].isnan()
@@ -157,7 +160,7 @@ def test_what_is_kept_keeps_its_bits_and_an_inf_stays_one_under_decay() -> None:
 
 
 def test_decay_is_emulated_and_says_so() -> None:
-    config = sdgp.SDGPConfig(beta=0.5)
+    config = sdgp.SDGPConfig(prune="magnitude", beta=0.5)
     assert config.describe() == "magnitude 2:4 beta=0.5 (emulated)" and not config.on_hardware
     ramp = scheduled(ramp="geometric", decay="linear", warmup=0.1)
     assert "geometric ramp (emulated), linear mask decay (emulated)" in ramp.describe()
@@ -183,7 +186,7 @@ def test_methods_switch_at_their_steps() -> None:
 
 def test_dense_phases_are_dense_in_grad_weight_too() -> None:
     schedule = sdgp.Schedule(warmup=2)
-    config = sdgp.SDGPConfig(grad_weight="sparse", schedule=schedule)
+    config = sdgp.SDGPConfig(prune="magnitude", grad_weight="sparse", schedule=schedule)
     assert [config.at(step).grad_weight for step in range(3)] == ["dense", "dense", "sparse"]
 
 
@@ -205,7 +208,7 @@ schedules = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(schedules)
 def test_text_carries_everything(schedule: sdgp.Schedule) -> None:
-    config = sdgp.SDGPConfig(schedule=schedule)
+    config = sdgp.SDGPConfig(prune="magnitude", schedule=schedule)
     assert sdgp.SDGPConfig.from_text(config.text) == config
     assert sdgp.Schedule(**json.loads(json.dumps(schedule.as_dict()))) == schedule
     assert pickle.loads(pickle.dumps(config)) == config and hash(config) == hash(config.replace())
@@ -218,7 +221,7 @@ def test_text_carries_everything(schedule: sdgp.Schedule) -> None:
 @settings(max_examples=60, deadline=None)
 @given(schedules, st.integers(0, 200))
 def test_beta_only_falls_and_changes_when_it_may(schedule: sdgp.Schedule, step: int) -> None:
-    config = sdgp.SDGPConfig(schedule=schedule)
+    config = sdgp.SDGPConfig(prune="magnitude", schedule=schedule)
     now, later = config.at(step), config.at(step + 1)
     if now.prune != "none" and later.prune != "none":
         assert later.beta <= now.beta
@@ -349,7 +352,11 @@ def test_phases_on_a_gpu_run_densely_emulated_and_on_sparse_tensor_cores() -> No
     torch.manual_seed(1)
     module = nn.Linear(512, 512, bias=False, device="cuda", dtype=torch.bfloat16)
     config = sdgp.SDGPConfig(
-        backend="cusparselt", tune="never", on_unsupported="dense", schedule=schedule
+        prune="magnitude",
+        backend="cusparselt",
+        tune="never",
+        on_unsupported="dense",
+        schedule=schedule,
     )
     sdgp.convert_(module, config)
     calls = []
@@ -432,7 +439,7 @@ def test_patterns_give_each_layer_its_own() -> None:
     model = nn.ModuleDict(
         {name: nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)) for name in ("attn", "mlp", "out")}
     )
-    two, one = sdgp.SDGPConfig(), sdgp.SDGPConfig(n=1)
+    two, one = sdgp.SDGPConfig(prune="magnitude"), sdgp.SDGPConfig(prune="magnitude", n=1)
     report = sdgp.convert_(model, {"mlp.1": None, "mlp.*": one, "attn.*": two})
     assert report.configs == {"attn.0": two, "attn.1": two, "mlp.0": one}
     assert report.converted == list(report.configs) and report.config is None
@@ -445,7 +452,13 @@ def test_patterns_give_each_layer_its_own() -> None:
     "configs, words",
     [
         ({"a*": None}, "matched none of"),
-        ({"0": sdgp.SDGPConfig(), "block.*": sdgp.SDGPConfig()}, "each match a layer, got 'block"),
+        (
+            {
+                "0": sdgp.SDGPConfig(prune="magnitude"),
+                "block.*": sdgp.SDGPConfig(prune="magnitude"),
+            },
+            "each match a layer, got 'block",
+        ),
     ],
 )
 def test_a_pattern_that_matches_nothing_raises(configs: dict, words: str) -> None:

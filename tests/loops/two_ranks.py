@@ -70,7 +70,7 @@ def decide(cache: TuningCache, executor: FakeExecutor) -> Decision:
     return decision_for(
         GEMM,
         executor,
-        sdgp.SDGPConfig(tune="first_use"),
+        sdgp.SDGPConfig(prune="magnitude", tune="first_use"),
         method="magnitude",
         transpose=False,
         capturing=False,

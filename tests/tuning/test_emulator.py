@@ -111,7 +111,7 @@ def test_never_proves_the_default(
     backend: CusparseLtBackend, emulator: Emulator, tmp_path: Path
 ) -> None:
     gemm = Gemm(300, 40, 96, torch.bfloat16, "row", CPU)
-    config = sdgp.SDGPConfig(tune="never")
+    config = sdgp.SDGPConfig(prune="magnitude", tune="never")
 
     def decide(folder: str) -> object:
         return decision_for(

@@ -9,9 +9,9 @@ from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.tuning import Decision, TuningCache, decision_for, tune
 from tests.tuning.fakes import GEMM, FakeExecutor, fixed
 
-FIRST_USE = sdgp.SDGPConfig(tune="first_use")
-AHEAD = sdgp.SDGPConfig(tune="ahead")
-NEVER = sdgp.SDGPConfig(tune="never")
+FIRST_USE = sdgp.SDGPConfig(prune="magnitude", tune="first_use")
+AHEAD = sdgp.SDGPConfig(prune="magnitude", tune="ahead")
+NEVER = sdgp.SDGPConfig(prune="magnitude", tune="never")
 
 
 @pytest.fixture
