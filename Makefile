@@ -8,7 +8,7 @@ export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-abi test-slow lint bench gpu-check docs clean
+.PHONY: install demo test test-abi test-slow lint bench campaign gpu-check docs clean
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -52,6 +52,10 @@ test-slow: $(STAMP)
 bench: $(STAMP)
 	mkdir -p build
 	$(BIN)/python -m pytest -q bench -k cpu --benchmark-json=build/bench-cpu.json
+
+# What half an hour on a GPU is spent on: one line a call.
+campaign:
+	@$(PYTHON) bench/campaign.py --list
 
 # Everything that only a GPU can show; uses the python on the PATH, so that it runs in a checkout.
 gpu-check:

@@ -10,7 +10,7 @@ import torch
 from bench import machine
 from bench.contender import NOT_RUN, STARTED
 from bench.operands import operands
-from bench.shapes import CONVOLUTIONS, LINEARS, Selection
+from bench.shapes import CONVOLUTIONS, LINEARS, TRAINED, Selection
 from bench.timing import synchronised
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +43,7 @@ def _selection(config: pytest.Config) -> Selection:
     option = config.getoption
     models = tuple(name for name in option("--bench-models").split(",") if name)
     known = {names[0] for names in (*LINEARS, *CONVOLUTIONS)} | {"gpt-1.3b", "mlp"}
+    known |= {case.model for case in TRAINED}
     if not known.issuperset(models):
         raise pytest.UsageError(f"--bench-models must be some of {sorted(known)}, got {models}")
     tokens = tuple(int(count) for count in option("--bench-tokens").split(",") if count)

@@ -50,6 +50,7 @@ def render(results: Results) -> str:
         ("The sparse product alone", gemm_table),
         ("Prune and pack, in clones of grad_output", pack_table),
         ("Layers, forward and backward", lambda r: _compared(r.of("layer"))),
+        ("Training steps of whole models", model_table),
         ("Training steps of one block", step_table),
         ("Rivals", rivals_table),
         ("Unstructured sparsity, CSR", unstructured_table),
@@ -179,6 +180,43 @@ def step_table(results: Results) -> str:
         rows.append([row.case, row.contender, *times, f"{row.speedup:.3f}", saved, memory])
     header = ["block", "pruned", "us", "dense us", "speedup", "time saved", "peak memory / dense"]
     return table(header, rows) if rows else ""
+
+
+def model_table(results: Results) -> str:
+    """Return whole training steps: time and peak memory in units of dense, what ran sparse."""
+    rows = []
+    for row in results.of("model_step"):
+        peaks = [row.info.get(n) for n in ("peak_mib", "reference_peak_mib")]
+        memory = ["-", "-"]
+        if None not in peaks:
+            memory = [f"{peaks[0] / 1024:.1f}", f"{peaks[0] / peaks[1]:.3f}"]
+        ratio = row.us / row.reference_us
+        rows.append(
+            [
+                row.case,
+                f"{row.info['parameters'] / 1e6:.1f}",
+                row.contender,
+                f"{row.us / 1e3:.1f}",
+                f"{row.reference_us / 1e3:.1f}",
+                f"{ratio:.3f}",
+                f"{1 - ratio:.1%}",
+                *memory,
+                sparse_share(row.info["backends"]),
+            ]
+        )
+    header = ["model", "M parameters", "pruned", "ms", "dense ms", "time / dense", "time saved"]
+    return table([*header, "peak GiB", "peak / dense", "products run sparse"], rows) if rows else ""
+
+
+def sparse_share(backends: dict[str, int]) -> str:
+    """Return how many products of a step ran on cuSPARSELt, such as ``grad_input 48 of 96``."""
+    parts = []
+    for product in ("grad_input", "grad_weight"):
+        calls = {key: n for key, n in backends.items() if key.split()[0] == product}
+        if calls:
+            sparse = calls.get(f"{product} cusparselt", 0)
+            parts.append(f"{product} {sparse} of {sum(calls.values())}")
+    return ", ".join(parts) or "none"
 
 
 def rivals_table(results: Results) -> str:

@@ -6,7 +6,7 @@ M, N, K are those of the product at hand, K reduced and pruned:
     grad_weight [M out_features, N in_features] = grad_output.T [M, K tokens] @ input [K, N]
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -184,3 +184,68 @@ def convolution_cases(selection: Selection) -> list[Convolution]:
         if selection.keeps(sizes[0], quick)
     ]
     return [*gpu, *CPU_CONVOLUTIONS]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A whole model that is trained, with its batch: bf16 autocast over float32 weights.
+
+    Attributes:
+        model: what the sizes are of.
+        batch, sequence: samples, and tokens in one.
+        width, layers, heads: of its blocks.
+        outputs: vocabulary, or classes.
+        patch: edge of an image patch in pixels; 0 for a model that reads tokens.
+        quick: part of the quick run.
+        device_type, dtype: as in ``Case``; dtype is that of autocast.
+    """
+
+    model: str
+    batch: int
+    sequence: int
+    width: int
+    layers: int
+    heads: int
+    outputs: int
+    patch: int = 0
+    quick: bool = False
+    device_type: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def layer(self) -> str:
+        """What result files have in place of one layer's name."""
+        return f"{self.layers} blocks"
+
+    @property
+    def label(self) -> str:
+        """Name for tests and tables."""
+        return f"{self.model}-{self.batch}x{self.sequence}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device(self.device_type, 0 if self.device_type == "cuda" else None)
+
+
+#: The vocabulary is GPT-2's, rounded up to a multiple of 64; 197 tokens are 196 patches and one.
+TRAINED = (
+    Trained("gpt-350m", 16, 1024, 1024, 24, 16, 50304, quick=True),
+    Trained("gpt-1.3b", 8, 2048, 2048, 24, 16, 50304),
+    Trained("vit-l-16", 128, 197, 1024, 24, 16, 1000, patch=16),
+)
+CPU_TRAINED = (
+    Trained("tiny-gpt", 2, 32, 64, 2, 4, 96, device_type="cpu"),
+    Trained("tiny-vit", 4, 17, 64, 2, 4, 10, patch=4, device_type="cpu"),
+)
+
+
+def trained_cases(selection: Selection) -> list[Trained]:
+    """Return the GPU's whole models, samples as ``tokens`` asks for, then the CPU's."""
+    gpu = [
+        replace(case, batch=max(1, count // case.sequence) if count else case.batch)
+        for case in TRAINED
+        for count in selection.tokens or (0,)
+        if selection.keeps(case.model, case.quick)
+    ]
+    return [replace(case, dtype=selection.dtype) for case in gpu] + list(CPU_TRAINED)

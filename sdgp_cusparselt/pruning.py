@@ -2,7 +2,8 @@
 
 A group is m consecutive elements along ``dim``; a short last group behaves as if padded with
 zeros. Magnitudes are compared as bits with the sign cleared, so NaN > Inf > finite, and on a tie
-the lowest index wins. What is not kept becomes +0.0.
+the lowest index wins. What is not kept becomes +0.0. A group that holds an Inf or a NaN is pruned
+by magnitude under every method, so that an overflow stays visible.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,18 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, *_FNUZ)
 # constant and not a tensor: a table would have to be copied to the device on every call.
 _SUBSETS_OF_FOUR = {1: (0x8421, 4), 2: (0xCA9653, 6), 3: (0xEDB7, 4)}
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FP8)
+# dtype -> the magnitude_bits of its largest finite number: Inf and NaN alone lie above. int8 is for
+# packing, where it is a dtype without either.
+_LARGEST_FINITE = {
+    torch.float64: 0x7FEF_FFFF_FFFF_FFFF,
+    torch.float32: 0x7F7F_FFFF,
+    torch.float16: 0x7BFF,
+    torch.bfloat16: 0x7F7F,
+    torch.float8_e4m3fn: 0x7E,
+    torch.float8_e5m2: 0x7B,
+    **dict.fromkeys(_FNUZ, 0x7F),
+    torch.int8: 0x80,
+}
 
 
 def prune(
@@ -45,8 +58,9 @@ def prune(
 
     Args:
         x: [...] any float dtype, any device, any strides. Not differentiated through.
-        method: one of none, random, magnitude, rescaled_magnitude, mvue. Under mvue a group that
-            holds Inf or NaN is pruned by magnitude, so that an overflow stays visible.
+        method: one of none, random, magnitude, rescaled_magnitude, mvue. Under random and mvue a
+            group that holds Inf or NaN is pruned by magnitude, so that an overflow stays visible;
+            the other groups draw what they would draw without it.
         n: kept elements per group, 1 <= n <= m.
         m: group size, at most 32.
         dim: dimension along which groups run: the reduction dimension of the product.
@@ -218,20 +232,29 @@ def _top(keys: Tensor, at: int, n: int) -> Tensor:
     return above | (tied & (tied.cumsum(at) <= room))
 
 
+def overflows(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return where keys, the ``magnitude_bits`` of numbers of dtype, stand for an Inf or NaN."""
+    return keys > _LARGEST_FINITE[dtype]
+
+
 def _random_mask(
     groups: Tensor, at: int, n: int, m: int, generator: torch.Generator | None
 ) -> Tensor:
+    """Return the mask of n drawn elements, but of the n largest where one is Inf or NaN."""
     shape = list(groups.shape)
+    size = magnitude_bits(groups)
+    overflow = overflows(size.amax(at, keepdim=True), groups.dtype)
     if m == 4:
         codes, count = _SUBSETS_OF_FOUR[n]
         del shape[at]
         pick = torch.randint(count, shape, device=groups.device, generator=generator)
         code = codes >> (4 * pick) & 15
-        return torch.stack([(code >> i & 1).bool() for i in range(4)], at)
+        drawn = torch.stack([(code >> i & 1).bool() for i in range(4)], at)
+        return torch.where(overflow, _top_of_four(size, at, n), drawn)
     keys = torch.randint(
         2**31 - 1, shape, dtype=torch.int32, device=groups.device, generator=generator
     )
-    return _top(keys, at, n)
+    return _top(torch.where(overflow, size, keys), at, n)
 
 
 def _mvue(groups: Tensor, at: int, n: int, generator: torch.Generator | None) -> Tensor:

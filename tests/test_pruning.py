@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt import cpu
 from sdgp_cusparselt.pruning import FLOAT_DTYPES
-from tests.helpers import SDGP_PATTERNS, oracle_magnitude, same_bits
+from tests.helpers import SDGP_PATTERNS, bits, oracle_magnitude, same_bits
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -172,8 +173,31 @@ def test_an_overflow_stays_visible(method: str, bad: float) -> None:
     x[:, 5] = bad
     y = sdgp.prune(x, method=method)
     assert not torch.isfinite(y).all()
-    if method != "random":
-        assert (~torch.isfinite(y[:, 5])).all()
+    assert (~torch.isfinite(y[:, 5])).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from(FLOAT_DTYPES), dim=st.sampled_from([0, 1]))
+def test_random_keeps_the_largest_of_a_group_with_an_overflow_and_draws_in_the_others(
+    data: st.DataObject, dtype: torch.dtype, dim: int
+) -> None:
+    n, m = data.draw(st.sampled_from([*SDGP_PATTERNS, (1, 2), (3, 4), (3, 5)]))
+    seed = data.draw(st.integers(0, 2**31))
+    bad = draw((6, 2 * m + 3), seed, special=1.5 / m).to(dtype)
+    wide = bad.float()
+    finite = torch.where(wide.isfinite(), wide, 1.0).to(dtype)
+    groups = F.pad(wide, (0, -wide.shape[1] % m)).unflatten(1, (-1, m))
+    overflow = (~groups.isfinite()).any(-1, keepdim=True).expand(groups.shape)
+    overflow = overflow.flatten(1)[:, : wide.shape[1]]
+
+    def drawn(t: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        t = t if dim == 1 else t.t()
+        y = sdgp.prune(t, method="random", n=n, m=m, dim=dim, generator=generator)
+        return bits(y if dim == 1 else y.t())
+
+    expected = bits(oracle_magnitude(bad, n, m, 1))
+    assert torch.equal(drawn(bad), torch.where(overflow, expected, drawn(finite)))
 
 
 @pytest.mark.parametrize("n, m", [*SDGP_PATTERNS, (3, 4), (1, 2), (3, 5)])

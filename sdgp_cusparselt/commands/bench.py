@@ -29,6 +29,7 @@ PARTS = {
     "grads": "bench_grads.py",
     "layers": "bench_layers.py",
     "steps": "bench_steps.py",
+    "models": "bench_models.py",
     "unstructured": "bench_unstructured.py",
 }
 BAD_ARGUMENTS, FAILED, INTERRUPTED = 2, 1, 130
@@ -248,6 +249,7 @@ def _show(target: Path, as_json: bool) -> None:
         shown = {"file": str(target), "measured": len(results.rows), "summary": found}
         print(json.dumps(shown | {"not_run": list(results.not_run)}, indent=1))
         return
-    for table in (report.summary_table(results), report.grad_input_table(results)):
+    made = (report.summary_table, report.grad_input_table, report.model_table)
+    for table in (make(results) for make in made):
         if table:
             print(f"{table}\n")

@@ -8,6 +8,8 @@ chosen as the library chooses them: x000 -> (0, 3), 0x00 -> (1, 3), everything e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.nibbles import arrange
 from sdgp_cusparselt.packing.packed import BITS, Packed24
 from sdgp_cusparselt.packing.sampling import mvue_bits, random_subsets
+from sdgp_cusparselt.pruning import overflows
 
 # Elements per chunk: large enough to hide torch's cost per call, small enough for a core's cache.
 _CHUNK = 1 << 19
@@ -104,23 +107,31 @@ def _kept(
     if method == "none":
         _check_24(keys, first_row)
         return _select(x, keys, tuple(key != 0 for key in keys))
+    kept = _select(x, keys, keep_two(keys))
     if method in ("random", "mvue"):
         if draws is None:
             raise value_error("pack", "draws", "given for " + method, None, "Pass Draws.")
-        if method == "random":
-            height, groups = x[0].shape
-            keep = random_subsets(height, groups, first_row, draws.seeds, draws.stream)
-            return _select(x, keys, keep)
-        drawn = mvue_bits(x, part.dtype, first_row, draws.seeds, draws.stream)
-        by_magnitude = _select(x, keys, keep_two(keys))
-        pairs = zip(drawn.bits, by_magnitude, strict=True)
-        return tuple(torch.where(drawn.usable, m, f) for m, f in pairs)
-    kept = _select(x, keys, keep_two(keys))
+        drawn, usable = _drawn(x, keys, part.dtype, method, first_row, draws)
+        pairs = zip(drawn, kept, strict=True)
+        return tuple(torch.where(usable, d, k) for d, k in pairs)
     if method == "rescaled_magnitude":
         if ratio is None:
             raise value_error("pack", "ratio", "given for " + method, None, "Pass a tensor.")
         return _scaled(kept, part.dtype, ratio, padded_cols)
     return kept
+
+
+def _drawn(
+    x: Four, keys: Four, dtype: torch.dtype, method: str, first_row: int, draws: Draws
+) -> tuple[Four, Tensor]:
+    """Return the members' bits where drawn, and in which groups nothing overflowed."""
+    if method == "mvue":
+        draw = mvue_bits(x, dtype, first_row, draws.seeds, draws.stream)
+        return draw.bits, draw.usable
+    rows, groups = x[0].shape
+    keep = random_subsets(rows, groups, first_row, draws.seeds, draws.stream)
+    overflow = reduce(or_, (overflows(key, dtype) for key in keys))
+    return _select(x, keys, keep), ~overflow
 
 
 def _padded_bits(part: Tensor, padded_cols: int) -> Tensor:

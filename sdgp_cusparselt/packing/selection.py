@@ -98,6 +98,18 @@ def _keep_random(word):
 
 
 @triton.jit
+def _overflows(x0, x1, x2, x3, DTYPE: tl.constexpr):
+    """Whether any of four is Inf or NaN: its exponent has every bit set."""
+    EXPONENT: tl.constexpr = 0x7F80 if tl.bfloat16 == DTYPE else 0x7C00
+    return (
+        ((x0 & EXPONENT) == EXPONENT)
+        | ((x1 & EXPONENT) == EXPONENT)
+        | ((x2 & EXPONENT) == EXPONENT)
+        | ((x3 & EXPONENT) == EXPONENT)
+    )
+
+
+@triton.jit
 def widen(bits, DTYPE: tl.constexpr):
     """The float32 that 16 bits of DTYPE stand for."""
     if tl.bfloat16 == DTYPE:
@@ -187,8 +199,9 @@ def chosen(
     if METHOD == RANDOM:
         word = _group_words(seeds_ptr, row0, group0, quads, STREAM, ROWS, COLS // 4)
         keep0, keep1, keep2, keep3 = _keep_random(word)
-        x0, x1 = tl.where(keep0, x0, 0), tl.where(keep1, x1, 0)
-        x2, x3 = tl.where(keep2, x2, 0), tl.where(keep3, x3, 0)
+        whole = _overflows(x0, x1, x2, x3, DTYPE)
+        x0, x1 = tl.where(keep0 | whole, x0, 0), tl.where(keep1 | whole, x1, 0)
+        x2, x3 = tl.where(keep2 | whole, x2, 0), tl.where(keep3 | whole, x3, 0)
     elif METHOD == RESCALED:
         keep0, keep1, keep2, keep3 = keep_two(x0 & 0x7FFF, x1 & 0x7FFF, x2 & 0x7FFF, x3 & 0x7FFF)
         y0, y1, y2, y3 = split_groups(scaled, ROWS, COLS)

@@ -12,8 +12,9 @@ import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends import convolution
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
-from sdgp_cusparselt.backends.dense import dense_conv2d_grad_input
+from sdgp_cusparselt.backends.dense import DenseBackend, dense_conv2d_grad_input
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.equivalence import compare_product
 from sdgp_cusparselt.products import conv_rival
 from tests.emulator.control import Emulator
 from tests.helpers import assert_product, oracle_magnitude
@@ -75,6 +76,27 @@ def test_linear_grad_weight(backend: CusparseLtBackend, tokens: int) -> None:
         size = pruned.double().abs().t() @ input.double().abs()
         error = (result.double() - pruned.double().t() @ input.double()).abs()
         assert (error <= 3 * torch.finfo(torch.bfloat16).eps * size).all()
+
+
+@pytest.mark.parametrize("method", ["random", "mvue"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("n", [1, 2])
+def test_groups_that_overflow_give_the_product_of_magnitude_in_every_backend(
+    backend: CusparseLtBackend, method: str, value: float, n: int
+) -> None:
+    """At least one in every group, both ways, so that nothing is left to draw."""
+    grad_output, weight = torch.randn(32, 64).bfloat16(), torch.randn(64, 16).bfloat16()
+    input = torch.randn(32, 16).bfloat16()
+    at = torch.arange(32)[:, None] + torch.arange(64)[None, :]
+    grad_output[(at * 3) % 4 == 0] = value
+    config = CONFIG.replace(prune=method, n=n, grad_weight="sparse", grad_weight_prune=method)
+    for one in (backend, DenseBackend()):
+        got = one.linear_grad_input(grad_output, weight, config)
+        assert compare_product(got, oracle_magnitude(grad_output, n, 4, 1), weight) is None
+        assert not got.isfinite().any()
+        got = one.linear_grad_weight(grad_output, input, config)
+        assert compare_product(got, oracle_magnitude(grad_output, n, 4, 0).t(), input) is None
+        assert not got.isfinite().any()
 
 
 CONVS = {

@@ -144,6 +144,29 @@ def test_every_byte_is_written(device: str, layout: MetadataLayout, method: str)
         assert cases.same_bits(packed.buffer.cpu(), want.buffer)
 
 
+@pytest.mark.parametrize("method", ["random", "mvue"])
+@pytest.mark.parametrize("dtype", cases.FLOAT_DTYPES)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_an_overflow_is_kept_in_both_directions(
+    device: str, method: str, dtype: torch.dtype, value: float
+) -> None:
+    """One to four of them in a group, at every place: the first two stay, with their bits."""
+    x = torch.randn(64, 64).to(dtype)
+    rows, cols = torch.arange(64)[:, None], torch.arange(64)[None, :]
+    x[(rows * 7 + cols * 3) % 5 == 0] = value
+    largest = torch.finfo(dtype).max
+    x[(rows + cols) % 11 == 3] = largest
+    got, _ = run_kernel(x.to(device), method, layouts.PLAIN, "both")
+    for transposed, packed in got.items():
+        operand = x.t().contiguous() if transposed else x
+        overflow = (~operand.isfinite()).view(64, 16, 4).any(-1)
+        want = oracle.prune_magnitude(operand).view(64, 16, 4)
+        result = packed.unpack().cpu().view(64, 16, 4)
+        assert 0 < overflow.sum() < overflow.numel()
+        assert cases.same_bits(result[overflow], want[overflow])
+        assert not cases.same_bits(result[~overflow], want[~overflow])
+
+
 @pytest.mark.parametrize("rows_per_ratio", [8, 32, 64])
 def test_ratios_per_sample_and_column(device: str, rows_per_ratio: int) -> None:
     """Blocks that straddle samples (8) and blocks that do not take different loads."""
