@@ -120,7 +120,7 @@ STAGES = (
             (
                 *(*SDGP, "train", "code-lm-50m", "--steps", "400", "--seeds", "3"),
                 *("--precision", "bf16"),
-                *("--methods", "dense,magnitude,magnitude@2:4+grad_weight=mvue"),
+                *("--methods", "dense,mvue,mvue@2:4+grad_weight=mvue"),
                 *("--device", "cuda", "--out", "{out}/code-lm-50m", "--overwrite"),
             ),
         ),

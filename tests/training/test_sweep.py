@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sdgp_cusparselt.training import plots
 from sdgp_cusparselt.training.checkpoint import CheckpointError, write_json
 from sdgp_cusparselt.training.methods import parse_methods
 from sdgp_cusparselt.training.plots import plot_curves, plot_rows
@@ -196,6 +197,26 @@ def test_plots_are_images(draw: Any, metric: Any, document: dict[str, Any], tmp_
     assert pixels.shape[0] > 200 and pixels.shape[1] > 800
     # Axes, text and at least two colours of lines on white.
     assert pixels[..., :3].min() < 0.1 and pixels[..., :3].max() == 1.0
+
+
+def test_curves_over_time_are_for_a_gpu(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    for device in ("cpu", "cuda"):
+        document["environment"]["device_type"] = device
+        for run in document["runs"]:
+            for point, milliseconds in zip(run["history"], (10.0, 20.0, 30.0), strict=True):
+                point["ms_per_step"] = milliseconds
+        plot_curves(document, ACCURACY, tmp_path / "plot.png")
+    assert [len(figure.axes) for figure in figures] == [2, 3]
+    by_steps, _, by_time = figures[1].axes
+    # Steps 3, 6 and 9, at 10, 20 and 30 ms each.
+    assert by_steps.lines[0].get_xdata().tolist() == [3, 6, 9]
+    assert by_time.lines[0].get_xdata() == pytest.approx([0.03, 0.09, 0.18])
+    assert by_time.lines[0].get_ydata().tolist() == by_steps.lines[0].get_ydata().tolist()
 
 
 def test_a_plot_without_matplotlib_says_so(
