@@ -1,56 +1,20 @@
 """Schedules: every step against formulas written out here, and through real layers."""
 
-import copy
 import dataclasses
 import json
-import math
 import pickle
-import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch import nn
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.base import Problem
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend, pattern_reasons
-from tests.helpers import assert_product, oracle_magnitude, same_bits
-
-TOTAL = 40
-
-
-def scheduled(
-    prune: str = "magnitude", n: int = 2, m: int = 4, **kwargs: object
-) -> sdgp.SDGPConfig:
-    schedule = sdgp.Schedule(total_steps=TOTAL, **kwargs)
-    return sdgp.SDGPConfig(prune=prune, n=n, m=m, backend="dense", schedule=schedule)
-
-
-def oracle_stage(step: int, kwargs: dict, n: int, m: int) -> tuple[bool, int, int, float]:
-    """Return (pruned, n, m, beta) by the definitions of Kao et al., from frame borders."""
-    warmup, tail, settle = (kwargs.get(name, 0) for name in ("warmup", "tail", "settle"))
-    if step < warmup or (tail and step >= TOTAL - tail):
-        return False, n, m, 0.0
-    ramps = {
-        "stepwise": [(m - 1, m)] + [(m // 2**i, m) for i in range(1, 6) if m // 2**i >= n],
-        "geometric": [(8 * n, 8 * m), (4 * n, 4 * m), (2 * n, 2 * m), (n, m)],
-        "densify": [(n, 8 * m), (n, 4 * m), (n, 2 * m), (n, m)],
-        "none": [(n, m)],
-    }
-    frames = ramps[kwargs.get("ramp", "none")]
-    length, now = TOTAL - tail - settle - warmup, step - warmup
-    # The last frame whose beginning, i / len(frames) of the way, has been reached.
-    starts = [math.ceil(i * length / len(frames)) for i in range(len(frames))]
-    pattern = next(frames[i] for i in reversed(range(len(frames))) if now >= starts[i])
-    decay, rate = kwargs.get("decay"), kwargs.get("decay_rate")
-    beta = 0.0
-    if decay and now < length:
-        beta = math.exp(-rate * now) if decay == "exponential" else 1 - (rate or 1 / length) * now
-    return True, *pattern, max(0.0, beta)
-
+from tests.helpers import oracle_magnitude, same_bits
+from tests.loops.schedules import TOTAL, grad_input, layer, oracle_stage, scheduled
 
 CASES = [
     {},
@@ -86,21 +50,6 @@ def test_ramps_are_those_of_the_paper() -> None:
     assert ramp("stepwise", 1, 16) == [(15, 16), (8, 16), (4, 16), (2, 16), (1, 16)]
     assert ramp("geometric", 2, 4) == [(16, 32), (8, 16), (4, 8), (2, 4)]
     assert ramp("densify", 1, 4) == [(1, 32), (1, 16), (1, 8), (1, 4)]
-
-
-def layer(config: sdgp.SDGPConfig) -> nn.Linear:
-    torch.manual_seed(1)
-    module = nn.Linear(8, 32)
-    sdgp.convert_(module, config)
-    return module
-
-
-def grad_input(module: nn.Module, grad_output: Tensor, size: tuple[int, ...] = (6, 8)) -> Tensor:
-    torch.manual_seed(2)
-    input = torch.randn(size, requires_grad=True)
-    module(input).backward(grad_output)
-    assert input.grad is not None
-    return input.grad
 
 
 @pytest.mark.parametrize(
@@ -291,178 +240,3 @@ def test_functions_take_no_schedule_and_steps_are_checked() -> None:
             function(torch.randn(shape), torch.randn(shape), config=config)
     with pytest.raises(ValueError, match="step must be >= 0, got -1"):
         config.at(-1)
-
-
-def test_step_with_counts_steps_that_are_taken() -> None:
-    module = layer(scheduled(warmup=2))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    handle = sdgp.step_with(optimizer, module)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    prunes = []
-    for number in range(5):
-        prunes.append(module.sdgp_config.prune)
-        loss = module(torch.randn(6, 8)).sum() * (torch.inf if number == 1 else 1.0)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    assert prunes == ["none", "none", "none", "magnitude", "magnitude"], "step 1 was skipped"
-    assert sdgp.schedule_state(module) == {"step": 4}
-    handle.remove()
-    module(torch.randn(6, 8)).sum().backward()
-    optimizer.step()
-    assert sdgp.schedule_state(module) == {"step": 4}
-
-
-def test_step_with_sees_through_the_wrappers_of_libraries() -> None:
-    from accelerate import Accelerator
-    from lightning.pytorch.core.optimizer import LightningOptimizer
-
-    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
-    module = layer(scheduled(warmup=2))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    model, prepared = accelerator.prepare(module, optimizer)
-    sdgp.step_with(prepared, model)
-    for _ in range(4):
-        with accelerator.accumulate(model):
-            accelerator.backward(model(torch.randn(6, 8)).sum())
-            prepared.step()
-            prepared.zero_grad()
-    assert sdgp.schedule_state(module) == {"step": 2}, "two steps of two micro batches each"
-    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got str"):
-        sdgp.step_with("adam", module)
-    other = layer(scheduled())
-    sdgp.step_with(LightningOptimizer(torch.optim.SGD(other.parameters(), lr=0.1)), other)
-
-
-def test_wide_decay_steps_keep_compiled_code_within_its_limit() -> None:
-    torch._dynamo.reset()
-    module = layer(scheduled(decay="linear", decay_every=10))
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    for _ in range(TOTAL + 2):
-        grad_input(compiled, torch.randn(6, 32))
-        sdgp.step(compiled)
-    assert counter.frame_count == 5, "beta = 1, 0.75, 0.5, 0.25, 0"
-
-
-@pytest.mark.gpu
-def test_phases_on_a_gpu_run_densely_emulated_and_on_sparse_tensor_cores() -> None:
-    schedule = sdgp.Schedule(total_steps=8, warmup=2, settle=4, ramp="stepwise")
-    torch.manual_seed(1)
-    module = nn.Linear(512, 512, bias=False, device="cuda", dtype=torch.bfloat16)
-    config = sdgp.SDGPConfig(
-        prune="magnitude",
-        backend="cusparselt",
-        tune="never",
-        on_unsupported="dense",
-        schedule=schedule,
-    )
-    sdgp.convert_(module, config)
-    calls = []
-    for _ in range(6):
-        x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        grad_output = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", sdgp.SDGPFallbackWarning)
-            module(x).backward(grad_output)
-        now = module.sdgp_config
-        pruned = sdgp.prune(grad_output, n=now.n, m=now.m) if now.prunes else grad_output
-        assert_product(x.grad.cpu(), pruned.cpu(), module.weight.detach().cpu())
-        calls.append(dict(module.sdgp_record.calls))
-        sdgp.step(module)
-    dense, sparse = ("grad_input", "dense"), ("grad_input", "cusparselt")
-    assert calls[1] == {} and calls[2] == {dense: 1}, "plain, then 3:4 is emulated"
-    assert calls[5] == {dense: 1, sparse: 3}
-
-
-def test_a_resumed_run_prunes_as_the_unbroken_one() -> None:
-    def run(module: nn.Module, steps: int) -> list[str]:
-        seen = []
-        for _ in range(steps):
-            seen.append(module.sdgp_config.describe())
-            sdgp.step(module)
-        return seen
-
-    config = scheduled(ramp="geometric", warmup=4, tail=4)
-    unbroken = run(layer(config), TOTAL)
-    first = layer(config)
-    seen = run(first, 17)
-    saved = json.loads(json.dumps(sdgp.schedule_state(first)))
-    assert set(first.state_dict()) == {"weight", "bias"}
-    second = layer(config)
-    sdgp.load_schedule_state(second, saved)
-    assert seen + run(second, TOTAL - 17) == unbroken
-    assert copy.deepcopy(second).sdgp_step == TOTAL
-
-
-def test_state_errors_change_nothing() -> None:
-    module = layer(scheduled(warmup=2))
-    for bad in (3, {}, {"step": 1, "more": 2}, {"step": 1.0}):
-        with pytest.raises(TypeError, match="load_schedule_state: state"):
-            sdgp.load_schedule_state(module, bad)
-    with pytest.raises(ValueError, match="must be >= 0, got -1"):
-        sdgp.load_schedule_state(module, {"step": -1})
-    assert sdgp.schedule_state(module) == {"step": 0}
-    for function in (sdgp.step, sdgp.schedule_state):
-        with pytest.raises(ValueError, match="model must be converted"):
-            function(nn.Linear(4, 4))
-        with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
-            function(3)
-    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got SDGP"):
-        sdgp.step_with(module, module)
-    model = nn.Sequential(module, layer(scheduled()))
-    sdgp.step(module)
-    with pytest.raises(ValueError, match=r"count the same steps, got \[0, 1\]"):
-        sdgp.step(model)
-
-
-def test_each_phase_is_compiled_once() -> None:
-    torch._dynamo.reset()
-    module = layer(scheduled(warmup=3, tail=3, ramp="stepwise"))
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    counts = []
-    for step in range(TOTAL):
-        grad_output = torch.randn(6, 32)
-        pruned, n, m, _ = oracle_stage(step, {"warmup": 3, "tail": 3, "ramp": "stepwise"}, 2, 4)
-        kept = oracle_magnitude(grad_output, n, m, 1) if pruned else grad_output
-        result = grad_input(compiled, grad_output)
-        torch.testing.assert_close(result, kept @ module.weight.detach())
-        counts.append(counter.frame_count)
-        sdgp.step(compiled)
-    changes = [i for i in range(1, TOTAL) if counts[i] != counts[i - 1]]
-    assert changes == [3, 20] and counts[-1] == 3, "dense, 3:4, 2:4; the dense tail is known"
-
-
-def test_patterns_give_each_layer_its_own() -> None:
-    model = nn.ModuleDict(
-        {name: nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)) for name in ("attn", "mlp", "out")}
-    )
-    two, one = sdgp.SDGPConfig(prune="magnitude"), sdgp.SDGPConfig(prune="magnitude", n=1)
-    report = sdgp.convert_(model, {"mlp.1": None, "mlp.*": one, "attn.*": two})
-    assert report.configs == {"attn.0": two, "attn.1": two, "mlp.0": one}
-    assert report.converted == list(report.configs) and report.config is None
-    assert report.skipped["mlp.1"] == report.skipped["out.0"] == "left dense by its name"
-    assert "magnitude 1:4" in str(report)
-    assert type(model["mlp"][1]) is nn.Linear and model["mlp"][0].sdgp_config is one
-
-
-@pytest.mark.parametrize(
-    "configs, words",
-    [
-        ({"a*": None}, "matched none of"),
-        (
-            {
-                "0": sdgp.SDGPConfig(prune="magnitude"),
-                "block.*": sdgp.SDGPConfig(prune="magnitude"),
-            },
-            "each match a layer, got 'block",
-        ),
-    ],
-)
-def test_a_pattern_that_matches_nothing_raises(configs: dict, words: str) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-    with pytest.raises(ValueError, match=words):
-        sdgp.convert_(model, configs)
-    assert type(model[0]) is nn.Linear
