@@ -24,7 +24,7 @@ from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped
 from sdgp_cusparselt.training.sweep import check_methods, plan_runs, report_document, run_sweep
 from sdgp_cusparselt.training.tasks import TASKS, Task
 
-DEFAULT_METHODS = "dense,magnitude,rescaled_magnitude,random"
+DEFAULT_METHODS = "dense,mvue,magnitude,random"
 #: Options of the command line that replace one field of the task's recipe.
 RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "gradient_accumulation", "learning_rate")
 BAD_ARGUMENTS = 2
@@ -129,7 +129,7 @@ def _publish(args: argparse.Namespace, task: Task, document: dict[str, Any], out
         "plot": args.plot or out / "curves.png",
     }
     write_json(paths["JSON"], document)
-    text = markdown_table(document, task.metric)
+    text = f"{markdown_table(document, task.metric)}\nMade by `{document['command']}`.\n"
     write_atomically(paths["Markdown"], lambda file: file.write(text.encode()))
     draw = plot_rows if args.sweep else plot_curves
     draw(document, task.metric, paths["plot"])

@@ -54,7 +54,8 @@ def test_sweep_table1(tmp_path: Path) -> None:
     assert len(document["summary"]) == 14
     shares = [entry["pruned_flop_share"] for entry in document["summary"]]
     assert shares[0] == 0 and min(shares[1:]) > 0.99
-    assert len(paths[1].read_text().splitlines()) == 14 + 4
+    lines = paths[1].read_text().splitlines()
+    assert len(lines) == 14 + 6 and lines[-1] == f"Made by `{document['command']}`."
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
