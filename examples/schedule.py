@@ -34,13 +34,16 @@ def train(steps: int, ramp: str = "geometric", stop: int = 0) -> list[float]:
         if number and number == stop:
             file = io.BytesIO()
             states = (model.state_dict(), optimizer.state_dict(), sdgp.schedule_state(model))
-            torch.save(states, file)
+            torch.save((*states, torch.get_rng_state(), torch.cuda.get_rng_state_all()), file)
             file.seek(0)
             model, optimizer = build(steps, ramp)
-            weights, moments, schedule = torch.load(file)
+            weights, moments, schedule, generator, generators = torch.load(file)
             model.load_state_dict(weights)
             optimizer.load_state_dict(moments)
             sdgp.load_schedule_state(model, schedule)
+            # The method draws: its generators go on where they were.
+            torch.set_rng_state(generator)
+            torch.cuda.set_rng_state_all(generators)
         loss = model(**{name: tensor.to(DEVICE) for name, tensor in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -43,13 +43,13 @@ def test_frozen_hashable_and_replaceable() -> None:
 @pytest.mark.parametrize(
     "kwargs, prunes, hardware, text",
     [
-        ({}, True, True, "magnitude 2:4"),
-        ({"n": 1}, True, True, "magnitude 1:4"),
-        ({"n": 4, "m": 8}, True, False, "magnitude 4:8 (emulated)"),
+        ({}, True, True, "mvue 2:4"),
+        ({"prune": "magnitude", "n": 1}, True, True, "magnitude 1:4"),
+        ({"n": 4, "m": 8}, True, False, "mvue 4:8 (emulated)"),
         ({"prune": "none"}, False, True, "none"),
         ({"n": 4}, False, False, "none"),
-        ({"grad_weight": "sparse"}, True, True, "magnitude 2:4 grad_weight=mvue"),
-        ({"backend": "dense"}, True, True, "magnitude 2:4 backend=dense"),
+        ({"grad_weight": "sparse"}, True, True, "mvue 2:4 grad_weight=mvue"),
+        ({"backend": "dense"}, True, True, "mvue 2:4 backend=dense"),
     ],
 )
 def test_descriptions(kwargs: dict, prunes: bool, hardware: bool, text: str) -> None:

@@ -35,7 +35,7 @@ def test_the_default_filter_and_its_reasons() -> None:
     assert "reduces over 30 outputs, no multiple of m = 4" in report.skipped["2"]
     assert "reduces over 1 outputs" in report.skipped["4"]
     table = str(report)
-    for word in ("3 converted, 3 dense", "SDGP magnitude 2:4", "Conv2d", "pruned", "reads 3"):
+    for word in ("3 converted, 3 dense", "SDGP mvue 2:4", "Conv2d", "pruned", "reads 3"):
         assert word in table
 
 
@@ -60,7 +60,7 @@ def test_heads_by_name(name: str, head: bool) -> None:
 
 def test_heads_are_skipped_unless_included() -> None:
     model = nn.ModuleDict({"body": nn.Linear(16, 16), "classifier": nn.Linear(16, 8)})
-    report = sdgp.convert_(model)
+    report = sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     assert report.converted == ["body"]
     assert "include_heads=True" in report.skipped["classifier"]
     sdgp.revert_(model)
@@ -85,7 +85,7 @@ def test_identity_of_everything_that_others_hold() -> None:
     modules = dict(model.named_modules())
     state = copy.deepcopy(model.state_dict())
 
-    sdgp.convert_(model)
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     after = dict(model.named_parameters())
     assert after.keys() == before.keys() and all(after[k] is before[k] for k in before)
     assert all(modules[k] is mod for k, mod in model.named_modules())
@@ -105,7 +105,7 @@ def test_identity_of_everything_that_others_hold() -> None:
 
 def test_a_root_layer_is_converted_in_place() -> None:
     layer = nn.Linear(8, 8)
-    assert sdgp.convert_(layer).converted == [""]
+    assert sdgp.convert_(layer, sdgp.SDGPConfig(prune="magnitude")).converted == [""]
     assert isinstance(layer, sdgp.nn.SDGPLinear) and isinstance(layer, nn.Linear)
 
 
@@ -118,7 +118,7 @@ def test_disabled_layers_are_dense_bit_for_bit() -> None:
         return [p.grad.clone() for p in model.parameters()]
 
     dense = grads()
-    sdgp.convert_(model)
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     pruned = grads()
     assert not torch.equal(pruned[0], dense[0])
     assert sdgp.set_enabled_(model, False) == ["1", "3", "6"]
@@ -133,7 +133,7 @@ def test_disabled_layers_are_dense_bit_for_bit() -> None:
 def test_forward_is_the_dense_one_bit_for_bit() -> None:
     model, x = small_net(), torch.randn(2, 3, 8, 8)
     dense = model(x)
-    sdgp.convert_(model)
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     assert torch.equal(model(x), dense)
 
 
@@ -142,7 +142,7 @@ def test_forward_is_the_dense_one_bit_for_bit() -> None:
 def test_padding_modes(mode: str, padding: int | tuple[int, int] | str) -> None:
     layer = nn.Conv2d(8, 16, (3, 2), padding=padding, padding_mode=mode)
     twin = copy.deepcopy(layer)
-    sdgp.convert_(layer)
+    sdgp.convert_(layer, sdgp.SDGPConfig(prune="magnitude"))
     x, y = (torch.ones(2, 8, 6, 6).requires_grad_() for _ in range(2))
     ours, dense = layer(x), twin(y)
     assert torch.equal(ours, dense)
@@ -178,18 +178,18 @@ def test_deepcopy_and_pickle() -> None:
 def test_tied_weights_stay_tied() -> None:
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     model[1].weight = model[0].weight
-    sdgp.convert_(model)
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     assert model[1].weight is model[0].weight
     model(torch.randn(4, 16)).sum().backward()
     shared = nn.Linear(8, 8)
     twice = nn.Sequential(shared, nn.ReLU(), shared)
-    assert sdgp.convert_(twice).converted == ["0"]
+    assert sdgp.convert_(twice, sdgp.SDGPConfig(prune="magnitude")).converted == ["0"]
     assert twice[0] is twice[2]
 
 
 def test_multihead_attention_keeps_its_projection() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    report = sdgp.convert_(model)
+    report = sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     assert report.converted == ["linear1", "linear2"]
     assert "forward is never called" in report.skipped["self_attn.out_proj"]
 
@@ -200,7 +200,7 @@ def test_subclasses_are_left_alone_and_named() -> None:
             return 2 * super().forward(input)
 
     model = nn.Sequential(Doubling(8, 8), nn.Linear(8, 8))
-    report = sdgp.convert_(model)
+    report = sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     assert report.converted == ["1"]
     assert "Doubling is a subclass" in report.skipped["0"]
 
@@ -237,7 +237,7 @@ def test_converting_twice_is_refused_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     sdgp.convert_(model[1])
     with pytest.raises(ValueError, match="'1' is converted already.*revert_"):
-        sdgp.convert_(model)
+        sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     assert names(model) == ["1"] and type(model[0]) is nn.Linear
 
 
@@ -272,7 +272,7 @@ def test_set_enabled_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="one without SDGP layers"):
         sdgp.set_enabled_(nn.Linear(8, 8), True)
     layer = nn.Linear(8, 8)
-    sdgp.convert_(layer)
+    sdgp.convert_(layer, sdgp.SDGPConfig(prune="magnitude"))
     with pytest.raises(TypeError, match="enabled must be a bool"):
         sdgp.set_enabled_(layer, "yes")
     assert sdgp.revert_(nn.ReLU()) == []

@@ -155,7 +155,7 @@ def test_conv1d_gradients_equal_the_formula() -> None:
     layer = Conv1D(16, 8)
     plain = Conv1D(16, 8)
     plain.load_state_dict(layer.state_dict())
-    sdgp.convert_(layer)
+    sdgp.convert_(layer, sdgp.SDGPConfig(prune="magnitude"))
     assert "nf=16, nx=8" in repr(layer) and "sdgp=" in repr(layer)
     x, y = (torch.ones(3, 5, 8, requires_grad=True) for _ in range(2))
     ours, dense = layer(x), plain(y)

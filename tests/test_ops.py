@@ -128,7 +128,7 @@ def test_a_converted_model_compiles_without_breaks_or_recompiles(
 def test_inductor_runs_a_converted_model() -> None:
     torch._dynamo.reset()
     model = Net()
-    sdgp.convert_(model)
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     eager = copy.deepcopy(model)
     expected = steps(eager, eager, 2)
     result = steps(model, torch.compile(model, fullgraph=True), 2)
@@ -171,7 +171,7 @@ def test_blocks_compiled_one_by_one_share_their_code(
 def test_switching_layers_off_is_seen_by_compiled_code() -> None:
     torch._dynamo.reset()
     layer = nn.Linear(16, 16)
-    sdgp.convert_(layer)
+    sdgp.convert_(layer, sdgp.SDGPConfig(prune="magnitude"))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(8, 16, requires_grad=True)
     grad_output = torch.randn(8, 16)
@@ -186,7 +186,7 @@ def test_switching_layers_off_is_seen_by_compiled_code() -> None:
 def test_double_backward_raises_through_compiled_layers_too() -> None:
     torch._dynamo.reset()
     layer = nn.Linear(8, 8)
-    sdgp.convert_(layer)
+    sdgp.convert_(layer, sdgp.SDGPConfig(prune="magnitude"))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 8, requires_grad=True)
     (grad,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)

@@ -19,7 +19,7 @@ from tests.helpers import oracle_magnitude
 def network(**kwargs: object) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-    config = {"telemetry_every": 1, "backend": "dense"} | kwargs
+    config = {"prune": "magnitude", "telemetry_every": 1, "backend": "dense"} | kwargs
     sdgp.convert_(model, sdgp.SDGPConfig(**config))
     return model
 

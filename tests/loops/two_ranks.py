@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.tuning import Decision, TuningCache, decision_for
-from tests.loops.examples import EXAMPLES, load
+from tests.loops.examples import EXAMPLES, load, pruned_by
 from tests.tuning.fakes import GEMM, FakeExecutor, fixed
 
 STEPS = 3
@@ -55,14 +55,15 @@ def scripts() -> None:
 def examples(found: dict[str, Any]) -> None:
     """Train the examples on half batches here and on whole batches alone."""
     half = load("tiny_gpt").BATCH // 2
-    alone, losses = load("plain_pytorch").train(STEPS)
-    reference = alone.state_dict()
-    wrapped, found["ddp losses"] = load("ddp").train(STEPS, half)
-    found["ddp distance"] = distance(wrapped.state_dict(), reference)
-    sharded, found["fsdp2 losses"] = load("fsdp2").train(STEPS, half)
-    if sharded:
-        found["fsdp2 distance"] = distance(sharded, reference)
-        found["fsdp2 keys"] = sorted(sharded) == sorted(reference)
+    with pruned_by("magnitude"):
+        alone, losses = load("plain_pytorch").train(STEPS)
+        reference = alone.state_dict()
+        wrapped, found["ddp losses"] = load("ddp").train(STEPS, half)
+        found["ddp distance"] = distance(wrapped.state_dict(), reference)
+        sharded, found["fsdp2 losses"] = load("fsdp2").train(STEPS, half)
+        if sharded:
+            found["fsdp2 distance"] = distance(sharded, reference)
+            found["fsdp2 keys"] = sorted(sharded) == sorted(reference)
     found["losses"] = losses
 
 
@@ -135,25 +136,25 @@ def error_of(function: Any, *args: Any) -> str:
 def order(found: dict[str, Any]) -> None:
     """Convert before and after wrapping and sharding."""
     plain, first = block(), block()
-    sdgp.convert_(first)
+    sdgp.convert_(first, sdgp.SDGPConfig(prune="magnitude"))
     expected = gradients(first)
     found["pruning matters"] = not torch.equal(gradients(plain)[0], expected[0])
 
     late = DistributedDataParallel(block())
-    found["ddp names"] = sdgp.convert_(late).converted
+    found["ddp names"] = sdgp.convert_(late, sdgp.SDGPConfig(prune="magnitude")).converted
     found["ddp late"] = all(map(torch.equal, gradients(late), expected))
     found["ddp revert"] = sdgp.revert_(late)
     found["ddp reverted"] = all(map(torch.equal, gradients(late), gradients(plain)))
 
     mesh = init_device_mesh("cpu", (2,))
     container = fully_shard(block(), mesh=mesh)
-    found["fsdp names"] = sdgp.convert_(container).converted
+    found["fsdp names"] = sdgp.convert_(container, sdgp.SDGPConfig(prune="magnitude")).converted
     found["fsdp late"] = all(map(torch.allclose, gradients(container), expected))
     found["fsdp revert"] = sdgp.revert_(container)
 
     single = block()
     fully_shard(single[0], mesh=mesh)
-    found["sharded layer"] = sdgp.convert_(single).skipped
+    found["sharded layer"] = sdgp.convert_(single, sdgp.SDGPConfig(prune="magnitude")).skipped
 
     early = copy.deepcopy(first)
     fully_shard(early[2], mesh=mesh)

@@ -53,6 +53,7 @@ def test_a_file_of_shapes(
     assert main(["tune", "--shapes", str(shapes), "--json", str(out)]) == 0
     decisions = json.loads(out.read_text())["decisions"]
     assert [(d["m"], d["dtype"], d["method"], d["transpose"]) for d in decisions] == [
+        (32, "bfloat16", "mvue", False),
         (32, "bfloat16", "magnitude", False),
         (64, "float16", "mvue", True),
     ]
