@@ -50,7 +50,8 @@ def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
     for document in documents:
         labels |= {row["method"]: row["label"] for row in document["summary"]}
     columns = [{row["method"]: row for row in document["summary"]} for document in documents]
-    digits = [TASKS[document["task"]].metric.digits for document in documents]
+    # A fourth decimal says nothing beside these spreads, and makes the table too wide for a page.
+    digits = [min(3, TASKS[document["task"]].metric.digits) for document in documents]
     for method, label in labels.items():
         cells = [
             cell(column[method], places) if method in column else ""
@@ -61,13 +62,9 @@ def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
 
 
 def _title(document: dict[str, Any], cell: Cell) -> str:
-    seeds = max(len(row["seeds"]) for row in document["summary"])
-    if cell is loss_cell:
-        return f"{document['task']}, nats"
     metric = document["metric"]
-    unit = " (%)" if metric["unit"] == "%" else ""
-    better = "" if metric["higher_is_better"] else ", lower is better"
-    return f"{document['task']}, {metric['name']}{unit}{better}, {seeds} seeds"
+    unit = "nats" if cell is loss_cell else "%" if metric["unit"] == "%" else metric["name"]
+    return f"{document['task']}, {unit}"
 
 
 def metric_cell(row: dict[str, Any], digits: int) -> str:
