@@ -21,8 +21,9 @@ from bench.operands import UnavailableError, best_candidate, describe, executor,
 from bench.shapes import Case, Product, Selection, linear_cases
 from bench.timing import Run
 from bench.verify import Check, WrongResultError, check_any, check_pruned, product
-from sdgp_cusparselt import products, records
 from sdgp_cusparselt.backends.dense import DenseBackend
+from sdgp_cusparselt.products import backward as products
+from sdgp_cusparselt.recording import records
 
 # The dispatcher's choice is written down, not raised.
 pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")

@@ -22,7 +22,7 @@ from bench.operands import UnavailableError
 from bench.shapes import Case, Convolution, Selection, convolution_cases, linear_cases
 from bench.timing import Run
 from bench.verify import Expected, check_any, rounding_bound
-from sdgp_cusparselt import records
+from sdgp_cusparselt.recording import records
 
 # Written down with its count, not raised: 3 x 3 convolutions keep a dense grad_weight.
 pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")

@@ -32,7 +32,7 @@ from bench.contender import Contender, Work, measure, not_run, parameters
 from bench.operands import UnavailableError, operands
 from bench.shapes import Selection, Trained, trained_cases
 from bench.verify import Check, WrongResultError
-from sdgp_cusparselt import records
+from sdgp_cusparselt.recording import records
 
 pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")
 

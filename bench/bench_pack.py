@@ -20,7 +20,7 @@ import torch
 
 from sdgp_cusparselt.packing.layout import default_layout, padded_shape
 from sdgp_cusparselt.packing.pack import pack_gradient
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.pruning.methods import prune
 
 ROUNDS = 9
 REPLAYS = 10

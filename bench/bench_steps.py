@@ -26,7 +26,7 @@ from bench.operands import UnavailableError
 from bench.shapes import Selection
 from bench.timing import Run
 from bench.verify import Check, WrongResultError
-from sdgp_cusparselt import records
+from sdgp_cusparselt.recording import records
 
 pytestmark = pytest.mark.filterwarnings("default::sdgp_cusparselt.errors.SDGPFallbackWarning")
 

@@ -16,10 +16,10 @@ import sdgp_cusparselt as sdgp
 from bench.shapes import Case, Product
 from bench.timing import Run, in_turns
 from bench.verify import Expected, WrongResultError, product
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
+from sdgp_cusparselt.products import dispatch
 
 #: Seconds in which all candidates of one product are timed once more each.
 SCREENING_S = 0.02

@@ -19,10 +19,10 @@ from matplotlib.ticker import MaxNLocator
 from rich.progress import track
 from torch import Tensor, nn
 
-from sdgp_cusparselt.convert import convert_
+from sdgp_cusparselt.layers.convert import convert_
+from sdgp_cusparselt.telemetry.colours import COLOURS
 from sdgp_cusparselt.training.data import epoch_order
 from sdgp_cusparselt.training.methods import Method, parse_method
-from sdgp_cusparselt.training.plots import COLOURS
 from sdgp_cusparselt.training.run import RunSpec, Trainer
 from sdgp_cusparselt.training.sweep import environment
 from sdgp_cusparselt.training.tasks import get_task

@@ -5,11 +5,10 @@ grad_input  = prune(grad_output) @ weight    2 of 4 along out_features, on spars
 grad_weight = grad_output.T      @ input     dense, or 2 of 4 along tokens
 """
 
-from sdgp_cusparselt import functional, nn, pruning
+from sdgp_cusparselt import functional, nn
 from sdgp_cusparselt.arrays import same_kind
-from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.convert import ConversionReport, convert_, revert_, set_enabled_
-from sdgp_cusparselt.dispatch import BackendStatus, backend_status
+from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.config.schedule import Schedule
 from sdgp_cusparselt.errors import (
     EquivalenceError,
     NotSupportedError,
@@ -17,17 +16,18 @@ from sdgp_cusparselt.errors import (
     SDGPError,
     SDGPFallbackWarning,
 )
-from sdgp_cusparselt.operands import library_layout, matmul, pack
+from sdgp_cusparselt.layers.convert import ConversionReport, convert_, revert_, set_enabled_
+from sdgp_cusparselt.layers.stepping import load_schedule_state, schedule_state, step, step_with
 from sdgp_cusparselt.packing import MetadataLayout, Packed24
-from sdgp_cusparselt.schedule import Schedule
-from sdgp_cusparselt.stepping import load_schedule_state, schedule_state, step, step_with
-from sdgp_cusparselt.telemetry import Telemetry, telemetry
+from sdgp_cusparselt.products.by_hand import library_layout, matmul, pack
+from sdgp_cusparselt.products.dispatch import BackendStatus, backend_status
+from sdgp_cusparselt.pruning import methods
+from sdgp_cusparselt.telemetry.counts import Telemetry, telemetry
 from sdgp_cusparselt.tuning.recorder import record_shapes
-
-__version__ = "0.1.0"
+from sdgp_cusparselt.versions import __version__
 
 #: ``pruning.prune`` for tensors, and for NumPy and CuPy arrays through DLPack.
-prune = same_kind(pruning.prune)
+prune = same_kind(methods.prune)
 
 __all__ = [
     "BackendStatus",

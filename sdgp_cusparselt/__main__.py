@@ -2,7 +2,7 @@
 
 import sys
 
-from sdgp_cusparselt.cli import main
+from sdgp_cusparselt.commands.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

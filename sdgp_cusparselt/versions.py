@@ -1,7 +1,8 @@
-"""Versions of what results depend on, read without importing any of it."""
+"""This package's version, and those of what results depend on, read without importing any of it."""
 
 from importlib import metadata
 
+__version__ = "0.1.0"
 PACKAGES = ("torch", "triton", "numpy")
 
 
@@ -15,6 +16,4 @@ def version_of(distribution: str) -> str:
 
 def versions() -> dict[str, str]:
     """Return this package's version and those of torch, triton and numpy."""
-    from sdgp_cusparselt import __version__
-
     return {"sdgp_cusparselt": __version__} | {name: version_of(name) for name in PACKAGES}

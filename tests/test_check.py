@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import DenseBackend
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.cli import main
-from sdgp_cusparselt.selfcheck import CASES, DTYPES, check
+from sdgp_cusparselt.commands.parser import main
+from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, check
 from tests.emulator.build import build
 from tests.emulator.control import Bad, Emulator
 

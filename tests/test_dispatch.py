@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.base import Problem
 from sdgp_cusparselt.backends.dense import DenseBackend
+from sdgp_cusparselt.products import dispatch
 
 
 class Picky(DenseBackend):

@@ -22,7 +22,9 @@ else:
 """
 
 
-@pytest.mark.parametrize("package", ["sdgp_cusparselt", "pycusparselt", "sdgp_cusparselt.cli"])
+@pytest.mark.parametrize(
+    "package", ["sdgp_cusparselt", "pycusparselt", "sdgp_cusparselt.commands.parser"]
+)
 def test_import_has_no_side_effect(package: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROBE.format(package=package)],

@@ -9,16 +9,15 @@ import pytest
 import torch
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import cli
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.commands import info
+from sdgp_cusparselt.commands import info, parser
 from tests.emulator.build import build
 from tests.emulator.control import Emulator
 
 
 def test_json_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info", "--json"]) == 0
+    assert parser.main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["torch"].startswith(torch.__version__.split("+")[0])
     assert report["backend dense"] == "available"
@@ -32,7 +31,7 @@ def test_a_broken_probe_gets_a_line_of_its_own(
         raise OSError("no such thing")
 
     monkeypatch.setattr(info, "PROBES", (_broken, *info.PROBES))
-    assert cli.main(["info"]) == 0
+    assert parser.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "failed: OSError: no such thing" in printed and "backend dense" in printed
 
@@ -52,23 +51,23 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch) -> None
 
 def test_the_command_line_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
+        parser.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for name in cli.COMMANDS:
+    for name in parser.COMMANDS:
         assert name in printed
 
 
 def test_a_layout_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     png = tmp_path / "layout.png"
     arguments = ["info", "--layout", "blocked", "--rows", "256", "--png", str(png)]
-    assert cli.main(arguments) == 0
+    assert parser.main(arguments) == 0
     assert "blocked" in capsys.readouterr().out
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["info", "--layout", "spiral"]) == 2
+    assert parser.main(["info", "--layout", "spiral"]) == 2
     assert "must be one of plain, blocked" in capsys.readouterr().err
-    assert cli.main(["info", "--layout", "plain", "--cols", "30"]) == 2
-    assert cli.main(["info", "--layout"]) == 0
+    assert parser.main(["info", "--layout", "plain", "--cols", "30"]) == 2
+    assert parser.main(["info", "--layout"]) == 0
     assert "nothing was learned" in capsys.readouterr().out
 
 
@@ -77,11 +76,11 @@ def test_learned_layouts_are_listed(
 ) -> None:
     grad_output, weight = torch.randn(256, 64).bfloat16(), torch.randn(64, 32).bfloat16()
     emulated_backend.linear_grad_input(grad_output, weight, sdgp.SDGPConfig(prune="magnitude"))
-    assert cli.main(["info", "--json"]) == 0
+    assert parser.main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     (line,) = [value for key, value in report.items() if key.startswith("layout: ")]
     assert "proven at 256x64" in line
-    assert cli.main(["info", "--layout", "--rows", "256", "--cols", "64"]) == 0
+    assert parser.main(["info", "--layout", "--rows", "256", "--cols", "64"]) == 0
     assert "rows>=256" in capsys.readouterr().out
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import ops
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.packing.layout import PLAIN
-from sdgp_cusparselt.records import COMPILED, LayerRecord, record_of
+from sdgp_cusparselt.products import operators as ops
+from sdgp_cusparselt.recording.records import COMPILED, LayerRecord, record_of
 
 CONFIG = sdgp.SDGPConfig(prune="magnitude")
 SPARSE = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import cpu
-from sdgp_cusparselt.pruning import FLOAT_DTYPES
+from sdgp_cusparselt.pruning import cpu
+from sdgp_cusparselt.pruning.methods import FLOAT_DTYPES
 from tests.helpers import SDGP_PATTERNS, bits, oracle_magnitude, same_bits
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40]

@@ -10,8 +10,15 @@ import torch
 from torch import nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import spans
-from sdgp_cusparselt.spans import KEPT, Samples, gradient_sums, sample_gradient, sampling, span
+from sdgp_cusparselt.recording import spans
+from sdgp_cusparselt.recording.spans import (
+    KEPT,
+    Samples,
+    gradient_sums,
+    sample_gradient,
+    sampling,
+    span,
+)
 from tests.helpers import oracle_magnitude
 
 CPU = torch.device("cpu")
@@ -63,7 +70,7 @@ def test_nothing_is_sampled_unless_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     def never(*args: object) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("sdgp_cusparselt.dispatch.sample_gradient", never)
+    monkeypatch.setattr("sdgp_cusparselt.products.dispatch.sample_gradient", never)
     monkeypatch.setattr(spans, "_started", never)
     model = network()
     step(model)
@@ -169,7 +176,7 @@ def test_nvtx_is_off_unless_the_environment_says_so(monkeypatch: pytest.MonkeyPa
 
 def test_importing_the_module_directly_leaves_the_function() -> None:
     code = (
-        "import sdgp_cusparselt.telemetry as t, sdgp_cusparselt as sdgp\n"
+        "import sdgp_cusparselt.telemetry.counts as t, sdgp_cusparselt as sdgp\n"
         "assert callable(sdgp.telemetry)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate
-from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.patterns import STOCHASTIC
+from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.config.patterns import STOCHASTIC
 
 Product = Literal["grad_input", "grad_weight"]
 

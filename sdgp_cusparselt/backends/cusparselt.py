@@ -21,12 +21,12 @@ from sdgp_cusparselt.backends.plans import (
     row_major,
 )
 from sdgp_cusparselt.backends.reasons import pattern_reasons, shape_reasons
-from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
 from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
 from sdgp_cusparselt.packing.pack import pack_gradient
-from sdgp_cusparselt.pruning import prune
-from sdgp_cusparselt.spans import span
+from sdgp_cusparselt.pruning.methods import prune
+from sdgp_cusparselt.recording.spans import span
 
 #: Segment-K (split_k = -1) may hang on sm90 with fewer sparse rows than about 400.
 SEGMENT_K_ROWS = 1024

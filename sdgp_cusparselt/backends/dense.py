@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
 from sdgp_cusparselt.backends.gemm import Candidate
-from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.pruning import prune
-from sdgp_cusparselt.spans import is_sampling, span
+from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.pruning.methods import prune
+from sdgp_cusparselt.recording.spans import is_sampling, span
 
 #: Rows that are pruned and multiplied at a time on a CPU: enough for a product at full speed.
 CHUNK_ROWS = 2048

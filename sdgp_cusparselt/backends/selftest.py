@@ -12,7 +12,7 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.equivalence import compare_product
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.pruning.methods import prune
 
 SIZES = (128, 512, 1024)
 

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdgp_cusparselt import dispatch
-from sdgp_cusparselt.selfcheck import CASES, DTYPES, Outcome, check
+from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, Outcome, check
 from sdgp_cusparselt.versions import versions
 
 MISMATCH, CANNOT = 1, 2

@@ -9,9 +9,10 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 
-from sdgp_cusparselt.config import BackendName
+from sdgp_cusparselt.cache import write_atomically
+from sdgp_cusparselt.config.choices import BackendName
 from sdgp_cusparselt.errors import SDGPError, value_error
-from sdgp_cusparselt.training.checkpoint import write_atomically, write_json
+from sdgp_cusparselt.training.checkpoint import write_json
 from sdgp_cusparselt.training.data import Dataset
 from sdgp_cusparselt.training.interrupts import StopSignal
 from sdgp_cusparselt.training.methods import SWEEPS, Method, parse_method, parse_methods

@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
-from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.convert import is_head
-from sdgp_cusparselt.nn import SDGPConv1D, sdgp_class_of
-from sdgp_cusparselt.patterns import METHODS
+from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.config.patterns import METHODS
+from sdgp_cusparselt.layers.convert import is_head
+from sdgp_cusparselt.layers.modules import SDGPConv1D, sdgp_class_of
 from sdgp_cusparselt.planner.gemms import DENSE_MULTIPLE, SPARSE_MULTIPLE, trace_step
 from sdgp_cusparselt.planner.gemms import Gemm as TracedGemm
 from sdgp_cusparselt.planner.models import PRESETS, load
+from sdgp_cusparselt.products import dispatch
 from sdgp_cusparselt.tuning import Decision, default_cache, tune
 from sdgp_cusparselt.tuning.decision import MATMUL, Key, describe_candidate
 from sdgp_cusparselt.tuning.shapes import read_shapes

@@ -24,7 +24,7 @@ from sdgp_cusparselt.packing.launch import KERNEL_DTYPES
 from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.learn import Compress, learn
 from sdgp_cusparselt.packing.pack import pack_gradient
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.pruning.methods import prune
 
 # A cached proof holds for one way of packing: a change of the packers' bytes raises this.
 PROOF_VERSION = 1

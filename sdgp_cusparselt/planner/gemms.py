@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sdgp_cusparselt.convert import is_head
 from sdgp_cusparselt.errors import NotSupportedError
-from sdgp_cusparselt.nn import SDGPConv1D, SDGPLinear, sdgp_class_of
+from sdgp_cusparselt.layers.convert import is_head
+from sdgp_cusparselt.layers.modules import SDGPConv1D, SDGPLinear, sdgp_class_of
 
 aten = torch.ops.aten
 #: Row and column multiples that cuSPARSELt asks of 16-bit operands (the pack pads the rows).

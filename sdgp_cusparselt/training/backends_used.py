@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from sdgp_cusparselt.nn import SDGPModule
+from sdgp_cusparselt.layers.modules import SDGPModule
 
 #: Layers that are not converted leave their backward pass to torch.
 AUTOGRAD = "torch autograd"

@@ -1,33 +1,18 @@
 """Files that are whole or absent: checkpoints and JSON, written beside and then moved in place."""
 
 import json
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from sdgp_cusparselt.cache import write_atomically
 from sdgp_cusparselt.errors import SDGPError
 
 
 class CheckpointError(SDGPError):
     """A checkpoint or result does not belong to the run that asks for it, or cannot be read."""
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write`` on a file that appears as ``path`` only once its bytes are on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.errors import SDGPError, value_error
+from sdgp_cusparselt.extras import require
 from sdgp_cusparselt.training.data import Dataset, Draw
-from sdgp_cusparselt.training.extras import require
 from sdgp_cusparselt.training.images import normalise
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})

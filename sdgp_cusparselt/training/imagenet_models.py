@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdgp_cusparselt.training.extras import require
+from sdgp_cusparselt.extras import require
 
 
 class ImageClassifier(nn.Module):

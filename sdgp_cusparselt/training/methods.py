@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import cast
 
-from sdgp_cusparselt.config import BackendName, SDGPConfig
+from sdgp_cusparselt.config.choices import BackendName, SDGPConfig
+from sdgp_cusparselt.config.patterns import METHODS, PruneMethod
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.patterns import METHODS, PruneMethod
 
 DENSE = "dense"
 NONE = "none"

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from sdgp_cusparselt.training.checkpoint import write_atomically
-from sdgp_cusparselt.training.extras import require
+from sdgp_cusparselt.cache import write_atomically
+from sdgp_cusparselt.extras import require
+from sdgp_cusparselt.telemetry.colours import COLOURS
 from sdgp_cusparselt.training.tasks import Metric
 
-#: Okabe and Ito's palette: told apart by colour-blind readers too. Dense is black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 PIXELS_PER_INCH = 150
 
 

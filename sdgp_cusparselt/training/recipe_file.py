@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.extras import require
 from sdgp_cusparselt.training.data import Dataset
-from sdgp_cusparselt.training.extras import require
 from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.recipe_tables import (
     METRICS,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdgp_cusparselt.config import BackendName
-from sdgp_cusparselt.convert import convert_
+from sdgp_cusparselt.config.choices import BackendName
+from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.training.backends_used import backends_used
 from sdgp_cusparselt.training.checkpoint import load_checkpoint, save_checkpoint
 from sdgp_cusparselt.training.data import Dataset, Draw, epoch_order

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdgp_cusparselt import __version__
-from sdgp_cusparselt.config import BackendName
-from sdgp_cusparselt.convert import convert_
+from sdgp_cusparselt.config.choices import BackendName
 from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.training.checkpoint import CheckpointError, check_identity, write_json
 from sdgp_cusparselt.training.data import Dataset
 from sdgp_cusparselt.training.methods import Method
 from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped, Trainer
 from sdgp_cusparselt.training.tasks import Task
+from sdgp_cusparselt.versions import __version__
 
 #: Told before a run (with its spec and its first and last step) and after each of its steps.
 OnRun = Callable[[RunSpec, int, int], None]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.extras import require
 from sdgp_cusparselt.training.corpus import read_corpus, windows
 from sdgp_cusparselt.training.data import Dataset, Split, shuffled_split
-from sdgp_cusparselt.training.extras import require
 from sdgp_cusparselt.training.models import ByteGPT, ResNet9, SmallResNet, ViT
 from sdgp_cusparselt.training.recipe import Recipe
 

@@ -1,7 +1,7 @@
 """decision_for: what ``SDGPConfig.tune`` says about a product that is about to run."""
 
 from sdgp_cusparselt.backends.gemm import Gemm, SparseExecutor
-from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.tuning.decision import MATMUL, Decision, Key, Rival, dense_decision
 from sdgp_cusparselt.tuning.search import prove_default, tune
 from sdgp_cusparselt.tuning.store import TuningCache, default_cache

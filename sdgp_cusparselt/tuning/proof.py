@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
 from sdgp_cusparselt.equivalence import Mismatch, compare, exact_bound, product_bound
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.pruning.methods import prune
 
 #: Which trials hold integers; each has fresh data.
 EXACT_TRIALS = (True, True, False)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
 from sdgp_cusparselt.errors import NotSupportedError
-from sdgp_cusparselt.pruning import prune
-from sdgp_cusparselt.spans import generators_kept
+from sdgp_cusparselt.pruning.methods import prune
+from sdgp_cusparselt.recording.spans import generators_kept
 from sdgp_cusparselt.tuning.decision import (
     MATMUL,
     Decision,

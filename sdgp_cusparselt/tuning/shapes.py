@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.config.patterns import METHODS
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.patterns import METHODS
 from sdgp_cusparselt.tuning.decision import MATMUL, Key, gemm_from_dict
 
 #: Element types that the library multiplies 2:4 in every order of the dense operand.

@@ -15,7 +15,7 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import DenseBackend, dense_conv2d_grad_input
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.equivalence import compare_product
-from sdgp_cusparselt.products import conv_rival
+from sdgp_cusparselt.products.backward import conv_rival
 from tests.emulator.control import Emulator
 from tests.helpers import assert_product, oracle_magnitude
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.equivalence import compare_product
+from sdgp_cusparselt.products import dispatch
 from sdgp_cusparselt.tuning import store
 
 pytestmark = pytest.mark.gpu

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends import cusparselt as cusparselt_backend
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import DenseBackend
-from sdgp_cusparselt.records import COMPILED
+from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.recording.records import COMPILED
 from sdgp_cusparselt.tuning import store, timing
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product

@@ -13,8 +13,7 @@ from torch import nn
 import sdgp_cusparselt as sdgp
 from bench import campaign
 from bench.campaign import STAGES, Stage
-from sdgp_cusparselt import cli
-from sdgp_cusparselt.commands import bench, train
+from sdgp_cusparselt.commands import bench, parser, train
 from sdgp_cusparselt.training.recipe_file import open_task
 from sdgp_cusparselt.training.sweep import check_methods
 from sdgp_cusparselt.tuning.shapes import read_shapes
@@ -69,13 +68,13 @@ def test_the_budget_is_kept() -> None:
 
 @pytest.mark.parametrize("words", OF_SDGP, ids=named)
 def test_the_command_line_takes_it(words: tuple[str, ...]) -> None:
-    args = cli.build_parser(words[0]).parse_args(words)
+    args = parser.build_parser(words[0]).parse_args(words)
     assert args.command == words[0]
 
 
 @pytest.mark.parametrize("words", OF_BENCH, ids=named)
 def test_it_selects_benchmarks_of_every_part_for_a_gpu(words: tuple[str, ...]) -> None:
-    args = cli.build_parser("bench").parse_args(words)
+    args = parser.build_parser("bench").parse_args(words)
     parts = bench._parts(args.parts)
     target = Path("results.json")
     done = run_python(
@@ -103,7 +102,7 @@ def test_the_gpu_tests_are_all_there_in_two_calls() -> None:
 
 def test_the_trained_methods_fit_and_their_products_are_the_tuned_ones() -> None:
     (words,) = (words for words in OF_SDGP if words[0] == "train")
-    args = cli.build_parser("train").parse_args(words)
+    args = parser.build_parser("train").parse_args(words)
     task, methods = open_task(args.task), train._methods(args)
     check_methods(task, methods)
     (tune,) = (words for words in OF_SDGP if words[0] == "tune")

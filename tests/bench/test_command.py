@@ -46,7 +46,7 @@ def test_without_a_checkout_it_says_so(tmp_path: Path) -> None:
         shutil.copytree(ROOT / package, tmp_path / Path(package).name)
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.remove({str(ROOT)!r});"
-        "from sdgp_cusparselt.cli import main; sys.exit(main(['bench']))"
+        "from sdgp_cusparselt.commands.parser import main; sys.exit(main(['bench']))"
     )
     done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 2, done.stderr

@@ -15,9 +15,9 @@ from bench.bench_models import CONFIGS, LEARNING_RATE, Rig, check
 from bench.operands import executor
 from bench.shapes import CPU_TRAINED, TRAINED, Selection, trained_cases
 from bench.verify import WrongResultError
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.dense import DenseBackend
-from sdgp_cusparselt.records import COMPILED
+from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.recording.records import COMPILED
 from tests.bench.conftest import run_python
 
 CASES = pytest.mark.parametrize("case", CPU_TRAINED, ids=lambda case: case.model)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.diagnostics import MEASURES, GradientDiagnostics, GradientRow
-from sdgp_cusparselt.spans import moment_sums
-from sdgp_cusparselt.training.extras import MissingPackageError
+from sdgp_cusparselt.extras import MissingPackageError
+from sdgp_cusparselt.recording.spans import moment_sums
+from sdgp_cusparselt.telemetry.diagnostics import MEASURES, GradientDiagnostics, GradientRow
 from tests.helpers import oracle_magnitude
 
 

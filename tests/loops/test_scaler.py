@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.patterns import METHODS
+from sdgp_cusparselt.config.patterns import METHODS
 
 LAYERS = ("linear", "conv", "conv1d")
 #: Every place of a group, twice, so that what is drawn differs.

@@ -13,7 +13,7 @@ from sdgp_cusparselt import cache
 from sdgp_cusparselt.arrays import like, same_kind, to_tensor
 from sdgp_cusparselt.errors import SDGPCacheWarning
 from sdgp_cusparselt.packing.pack import matmul, pack
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.pruning.methods import prune
 
 
 def test_numpy_goes_in_and_comes_out_without_a_copy() -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from sdgp_cusparselt.cli import main
+from sdgp_cusparselt.commands.parser import main
 from sdgp_cusparselt.planner.models import load
 from sdgp_cusparselt.planner.report import table
 

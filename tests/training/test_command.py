@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdgp_cusparselt.cli import main
+from sdgp_cusparselt.commands.parser import main
 from sdgp_cusparselt.training import tasks
 from sdgp_cusparselt.training.interrupts import StopSignal
 from sdgp_cusparselt.training.tasks import Task

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from sdgp_cusparselt import extras
 from sdgp_cusparselt.errors import SDGPError
-from sdgp_cusparselt.training import corpus, extras
+from sdgp_cusparselt.training import corpus
 from sdgp_cusparselt.training.data import Dataset, Split, epoch_order, shuffled_split
 from sdgp_cusparselt.training.tasks import TASKS
 

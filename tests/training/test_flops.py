@@ -2,7 +2,7 @@
 
 import torch
 
-from sdgp_cusparselt.convert import convert_
+from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.training.flops import count_grad_input_flops
 from sdgp_cusparselt.training.methods import parse_method
 from sdgp_cusparselt.training.models import ByteGPT, SmallResNet

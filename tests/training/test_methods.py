@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from sdgp_cusparselt.convert import convert_
+from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.training.methods import (
     GRADIENT_BIAS,
     TABLE1,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdgp_cusparselt.cli import main
-from sdgp_cusparselt.convert import convert_
+from sdgp_cusparselt.commands.parser import main
+from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.training.methods import parse_method
 from sdgp_cusparselt.training.recipe_file import (
     SHIPPED,

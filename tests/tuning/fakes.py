@@ -8,7 +8,7 @@ from pycusparselt.errors import CusparseLtError
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.pruning.methods import prune
 
 CPU = torch.device("cpu")
 GEMM = Gemm(32, 24, 48, torch.bfloat16, "row", CPU)

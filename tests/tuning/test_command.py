@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt import dispatch
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.cli import main
+from sdgp_cusparselt.commands.parser import main
+from sdgp_cusparselt.products import dispatch
 from sdgp_cusparselt.tuning import note, record_shapes, store
 from sdgp_cusparselt.tuning.shapes import read_shapes
 from tests.emulator.build import build

@@ -12,9 +12,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt import cpu
+from sdgp_cusparselt.config.patterns import check_pattern, checked_int
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.patterns import check_pattern, checked_int
+from sdgp_cusparselt.pruning import cpu
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FNUZ = tuple(

@@ -15,9 +15,9 @@ from sdgp_cusparselt.backends.dense import (
     dense_conv2d_grad_parameters,
     dense_linear_grad_input,
 )
-from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.dispatch import Ways, compute, run, settle
-from sdgp_cusparselt.records import LayerRecord
+from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.products.dispatch import Ways, compute, run, settle
+from sdgp_cusparselt.recording.records import LayerRecord
 from sdgp_cusparselt.tuning import MATMUL, Rival
 
 

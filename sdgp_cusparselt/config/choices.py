@@ -5,9 +5,14 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from sdgp_cusparselt.config.patterns import (
+    HARDWARE_PATTERNS,
+    PruneMethod,
+    check_pattern,
+    checked_int,
+)
+from sdgp_cusparselt.config.schedule import Schedule, Stage
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.patterns import HARDWARE_PATTERNS, PruneMethod, check_pattern, checked_int
-from sdgp_cusparselt.schedule import Schedule, Stage
 
 GradWeightMode = Literal["dense", "sparse"]
 BackendName = Literal["auto", "cusparselt", "dense"]

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdgp_cusparselt.spans import Samples
+from sdgp_cusparselt.recording.spans import Samples
 
 _records: "weakref.WeakValueDictionary[int, LayerRecord]" = weakref.WeakValueDictionary()
 _next_token = itertools.count(1)

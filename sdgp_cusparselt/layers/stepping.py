@@ -7,9 +7,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sdgp_cusparselt.convert import converted_layers
+from sdgp_cusparselt.config.patterns import checked_int
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.patterns import checked_int
+from sdgp_cusparselt.layers.convert import converted_layers
 
 
 def step(model: nn.Module) -> int:

@@ -5,8 +5,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from sdgp_cusparselt.config.patterns import MAX_M, METHODS, PruneMethod, checked_int
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.patterns import MAX_M, METHODS, PruneMethod, checked_int
 
 Ramp = Literal["none", "stepwise", "geometric", "densify"]
 Decay = Literal["none", "linear", "exponential"]

@@ -10,9 +10,15 @@ from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sdgp_cusparselt.config import SDGPConfig, check_config
+from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.nn import SDGPModule, adopt_, check_releasable, release_, sdgp_class_of
+from sdgp_cusparselt.layers.modules import (
+    SDGPModule,
+    adopt_,
+    check_releasable,
+    release_,
+    sdgp_class_of,
+)
 
 FilterFn = Callable[[nn.Module, str], bool]
 #: One configuration for all layers, or name pattern -> configuration; None leaves layers dense.

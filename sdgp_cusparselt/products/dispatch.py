@@ -13,10 +13,10 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import DenseBackend, pruned_gradient
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.backends.plans import is_capturing
-from sdgp_cusparselt.checking import fault
 from sdgp_cusparselt.errors import EquivalenceError, NotSupportedError, SDGPFallbackWarning
-from sdgp_cusparselt.records import LayerRecord
-from sdgp_cusparselt.spans import sample_gradient, sampling, span
+from sdgp_cusparselt.products.checks import fault
+from sdgp_cusparselt.recording.records import LayerRecord
+from sdgp_cusparselt.recording.spans import sample_gradient, sampling, span
 from sdgp_cusparselt.tuning import Decision, Rival, decision_for, note
 
 #: In order of preference; the last one runs everything.

@@ -11,7 +11,7 @@ from sdgp_cusparselt.backends.dense import (
     dense_conv2d_grad_parameters,
     pruned_gradient,
 )
-from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.equivalence import compare, product_bound
 
 #: Deterministic pruning, so that there is one right result.

@@ -19,10 +19,10 @@ from sdgp_cusparselt.backends.plans import (
     dense_order,
     is_capturing,
 )
-from sdgp_cusparselt.config import SDGPConfig
-from sdgp_cusparselt.dispatch import BACKENDS
+from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, value_error
 from sdgp_cusparselt.packing import MetadataLayout, Packed24
+from sdgp_cusparselt.products.dispatch import BACKENDS
 from sdgp_cusparselt.tuning import decision_for
 
 #: Prove the library's default algorithm right, time nothing.

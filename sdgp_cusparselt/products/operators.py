@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt import products
-from sdgp_cusparselt import pruning as _pruning
 from sdgp_cusparselt.backends.base import ConvGeometry
-from sdgp_cusparselt.config import SDGPConfig
+from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.pack import matmul as _matmul
 from sdgp_cusparselt.packing.pack import pack as _pack
 from sdgp_cusparselt.packing.packed import Packed24, buffer_nbytes
-from sdgp_cusparselt.records import record_of
+from sdgp_cusparselt.products import backward as products
+from sdgp_cusparselt.pruning import methods as _pruning
+from sdgp_cusparselt.recording.records import record_of
 
 # random and mvue draw from torch's generator, so the compiler must not merge or repeat calls.
 _TAGS = (torch.Tag.nondeterministic_seeded,)

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sdgp_cusparselt import __version__
+from sdgp_cusparselt.versions import __version__
 
 #: subcommand -> (module in sdgp_cusparselt.commands, help). Only the chosen module is imported,
 #: so that ``sdgp info`` works where another command's dependencies are missing.

@@ -10,8 +10,8 @@ from torch import nn
 
 from sdgp_cusparselt.backends.base import Product
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.nn import SDGPModule
-from sdgp_cusparselt.records import LayerRecord
+from sdgp_cusparselt.layers.modules import SDGPModule
+from sdgp_cusparselt.recording.records import LayerRecord
 
 _TEXTS = ("layer", "product", "ran on")
 _NUMBERS = (

@@ -6,7 +6,7 @@ from sdgp_cusparselt.backends.base import Problem
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.equivalence import compare_product
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.pruning.methods import prune
 
 
 def fault(

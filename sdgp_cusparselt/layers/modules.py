@@ -1,0 +1,225 @@
+"""SDGPLinear, SDGPConv2d and SDGPConv1D: torch's and Hugging Face's layers with a pruned backward.
+
+A layer is converted by changing the class of the module object itself: parameters, buffers, hooks,
+device, dtype, training flag and every reference to the module stay what they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdgp_cusparselt.config.choices import SDGPConfig, check_config
+from sdgp_cusparselt.errors import type_error
+from sdgp_cusparselt.layers import functional
+from sdgp_cusparselt.recording.records import LayerRecord
+
+_STATE = (
+    "sdgp_config",
+    "sdgp_base_config",
+    "sdgp_step",
+    "sdgp_enabled",
+    "sdgp_record",
+    "sdgp_dense_class",
+)
+
+
+class SDGPModule(nn.Module):
+    """What the three layers share: configuration, an on/off switch, a record, the way back.
+
+    Attributes:
+        sdgp_config: how this layer prunes now.
+        sdgp_base_config: what it was converted with; differs where that has a schedule.
+        sdgp_step: optimizer steps that ``sdgp.step`` counted.
+        sdgp_enabled: False runs the layer exactly as its dense class does.
+        sdgp_record: calls and fallbacks of this layer.
+        sdgp_dense_class: the class that ``to_dense`` and ``revert_`` restore.
+    """
+
+    sdgp_config: SDGPConfig
+    sdgp_base_config: SDGPConfig
+    sdgp_step: int
+    sdgp_enabled: bool
+    sdgp_record: LayerRecord
+    sdgp_dense_class: type[nn.Module]
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, config: SDGPConfig) -> "SDGPModule":
+        """Return a converted layer that shares the Parameters and hooks of ``module``.
+
+        Args:
+            module: layer of exactly the class that this one replaces.
+            config: how to prune.
+
+        Raises:
+            TypeError: module is of another class, or config no SDGPConfig.
+        """
+        target = sdgp_class_of(module)
+        if target is not cls:
+            rule = f"a layer that {cls.__name__} replaces"
+            fix = "Only exact classes are converted; a subclass may compute something else."
+            raise type_error(f"{cls.__name__}.from_dense", "module", rule, type(module), fix)
+        twin: SDGPModule = _twin(module)
+        adopt_(twin, config)
+        return twin
+
+    def to_dense(self) -> nn.Module:
+        """Return a plain layer that shares the Parameters and hooks of this one."""
+        twin: nn.Module = _twin(self)
+        release_(twin)
+        return twin
+
+    def sdgp_active(self) -> bool:
+        """Whether this forward needs the pruned backward at all."""
+        return self.sdgp_enabled and torch.is_grad_enabled()
+
+    def sdgp_set_step(self, step: int) -> None:
+        """Take the configuration that holds at a step of the schedule."""
+        self.sdgp_config = self.sdgp_base_config.at(step)
+        self.sdgp_step = step
+
+    def extra_repr(self) -> str:
+        """Return the dense layer's own description and the active pruning."""
+        dense = super().extra_repr()
+        schedule = self.sdgp_base_config.schedule
+        when = "" if schedule is None else f" at step {self.sdgp_step} ({schedule.describe()})"
+        state = self.sdgp_config.describe() + when + ("" if self.sdgp_enabled else ", disabled")
+        return f"{dense}, sdgp={state}" if dense else f"sdgp={state}"
+
+
+class SDGPLinear(SDGPModule, nn.Linear):
+    """``nn.Linear`` whose grad_input comes from a pruned grad_output."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input @ weight.T + bias: [..., in_features] -> [..., out_features]."""
+        if not self.sdgp_active():
+            return super().forward(input)
+        return functional.linear(
+            input, self.weight, self.bias, config=self.sdgp_config, record=self.sdgp_record
+        )
+
+
+class SDGPConv2d(SDGPModule, nn.Conv2d):
+    """``nn.Conv2d`` whose grad_input comes from a grad_output pruned along channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
+        if not self.sdgp_active():
+            return super().forward(input)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            pads = self._reversed_padding_repeated_twice
+            input, padding = nn.functional.pad(input, pads, mode=self.padding_mode), 0
+        return functional.conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            padding,
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            config=self.sdgp_config,
+            record=self.sdgp_record,
+        )
+
+
+class SDGPConv1D(SDGPModule):
+    """Hugging Face's ``Conv1D`` (a linear layer with a transposed weight), pruned in backward.
+
+    Attributes:
+        weight: [in_features, out_features].
+        bias: [out_features].
+        nf: out_features.
+        nx: in_features.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    nf: int
+    nx: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input @ weight + bias: [..., in_features] -> [..., out_features]."""
+        if not self.sdgp_active():
+            flat = input.view(-1, input.size(-1))
+            output = torch.addmm(self.bias, flat, self.weight)
+            return output.view(*input.shape[:-1], self.nf)
+        return functional.linear(
+            input, self.weight.t(), self.bias, config=self.sdgp_config, record=self.sdgp_record
+        )
+
+    def extra_repr(self) -> str:
+        """Return sizes and the active pruning."""
+        return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
+
+
+def sdgp_class_of(module: nn.Module) -> type[SDGPModule] | None:
+    """Return the class that replaces ``module``'s, or None; subclasses are never replaced."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return SDGPLinear
+    if kind is nn.Conv2d:
+        return SDGPConv2d
+    # By name, because importing transformers takes seconds and it may not be installed.
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return SDGPConv1D
+    return None
+
+
+def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
+    """Turn a dense layer into its SDGP class, in place.
+
+    Args:
+        module: an nn.Linear, nn.Conv2d or Hugging Face Conv1D.
+        config: how to prune.
+        name: fully qualified name for messages; the class name if empty.
+
+    Raises:
+        TypeError: module is of another class, or config no SDGPConfig.
+    """
+    target = sdgp_class_of(module)
+    if target is None:
+        rule = "an nn.Linear, nn.Conv2d or transformers Conv1D"
+        raise type_error("adopt_", "module", rule, type(module), "Other layers stay dense.")
+    check_config("adopt_", config)
+    state = (
+        config.at(0),
+        config,
+        0,
+        True,
+        LayerRecord(name or type(module).__name__),
+        type(module),
+    )
+    module.__dict__.update(zip(_STATE, state, strict=True))
+    module.__class__ = target
+
+
+def check_releasable(function: str, module: nn.Module) -> None:
+    """Raise TypeError unless module is of one of our own classes, and of no subclass."""
+    if type(module) not in (SDGPLinear, SDGPConv2d, SDGPConv1D):
+        rule = "an SDGP layer whose class nothing else changed since"
+        fix = "Convert it first; where fully_shard wrapped the layer itself, revert_ before that."
+        raise type_error(function, "module", rule, type(module).__name__, fix)
+
+
+def release_(module: nn.Module) -> None:
+    """Turn an SDGP layer back into its dense class, in place.
+
+    Raises:
+        TypeError: module is no SDGP layer, or something else changed its class since.
+    """
+    check_releasable("release_", module)
+    assert isinstance(module, SDGPModule)
+    dense_class = module.sdgp_dense_class
+    module.__class__ = dense_class  # type: ignore[assignment]
+    for name in _STATE:
+        del module.__dict__[name]
+
+
+def _twin(module: nn.Module) -> Any:
+    """Return a second module object over the same Parameters, buffers and hooks."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    return twin

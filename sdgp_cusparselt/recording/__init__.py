@@ -1,0 +1,1 @@
+"""What layers write down while they run: counts, times, gradient errors."""
