@@ -21,6 +21,9 @@ ORDER = {
     "sdgp_cusparselt": [
         "versions errors",
         "equivalence cache arrays extras",
+        "cards.efficiency cards.__init__",
+        "cards.gpus",
+        "cards.times",
         "config.patterns",
         "config.schedule",
         "config.choices",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sdgp_cusparselt.planner.efficiency import Curve, Efficiency
+from sdgp_cusparselt.cards.efficiency import Curve, Efficiency
 
 SLIDESPARSE = (
     "SlideSparse, arXiv 2603.05232; bf16 latency_SQUARE.csv at github.com/bcacdwk/vllmbench"
