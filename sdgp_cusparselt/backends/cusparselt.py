@@ -9,7 +9,7 @@ from torch import Tensor
 from sdgp_cusparselt.backends import convolution
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
 from sdgp_cusparselt.backends.float16 import float16_fault
-from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.backends.plans import (
     STRUCTURED_MULTIPLE,
@@ -77,7 +77,7 @@ class CusparseLtBackend(Backend):
         return Gemm(m, n, k, problem.dtype, problem.dense_order, problem.device)
 
     def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return every way of running gemm that cannot hang; see ``SparseExecutor``.
+        """Return what can be tried in this process; see ``SparseExecutor``.
 
         Raises:
             NotSupportedError: float16 on sm90 failed its self-test, which runs once per machine.
@@ -102,11 +102,19 @@ class CusparseLtBackend(Backend):
             modes = (HEURISTIC, DATA_PARALLEL, STREAM_K)
             return [Candidate(i, split_k_mode=mode) for i in ids for mode in modes]
         splits = [1]
-        if major == 9 and gemm.m >= SEGMENT_K_ROWS:
-            splits.append(-1)
         if major < 9 and gemm.k >= 4 * max(gemm.m, gemm.n):
             splits += [2, 4]
         return [Candidate(i, split) for split in splits for i in ids]
+
+    def risky_candidates(self, gemm: Gemm) -> list[Candidate]:
+        """Return segment-K where the library has it; see ``SparseExecutor``."""
+        if self.machine.capability(gemm.device)[0] != 9 or gemm.m < SEGMENT_K_ROWS:
+            return []
+        return [Candidate(i, -1) for i in range(self.plans.max_alg_id(gemm))]
+
+    def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:
+        """Return "ours" where our packing is proven for the plan; see ``SparseExecutor``."""
+        return "ours" if self.certificate(gemm, candidate).proven else "library"
 
     def machine_key(self, device: torch.device) -> dict[str, str]:
         """Return what a measurement on ``device`` depends on; see ``SparseExecutor``."""

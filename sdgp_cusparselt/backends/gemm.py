@@ -6,6 +6,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+#: What packs an operand: our own kernel, or the library's Compress after pruning in plain torch.
+Packer = Literal["ours", "library"]
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -55,7 +58,22 @@ class SparseExecutor(Protocol):
     """What the tuner needs of a backend."""
 
     def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return every way of running gemm that the library offers and that cannot hang."""
+        """Return the ways of running gemm that can be tried in this process, the best bets first.
+
+        None of them hangs or ends the CUDA context.
+        """
+        ...
+
+    def risky_candidates(self, gemm: Gemm) -> list[Candidate]:
+        """Return further ways, which may hang or end the process: for one that can be spared."""
+        ...
+
+    def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:
+        """Return what ``pack`` would use for a plan: ours only where it is proven.
+
+        Raises:
+            CusparseLtError: the library refused the plan.
+        """
         ...
 
     def pack(

@@ -7,7 +7,7 @@ import torch
 from pycusparselt.errors import CusparseLtError
 from torch import Tensor
 
-from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
 from sdgp_cusparselt.pruning.methods import prune
 
 CPU = torch.device("cpu")
@@ -21,8 +21,9 @@ def refusal() -> CusparseLtError:
 class FakeExecutor:
     """Algorithms by number; ``kinds[i]`` says how algorithm i misbehaves, "good" if it does not."""
 
-    def __init__(self, *kinds: str, machine: str = "a GPU") -> None:
-        self.kinds = kinds
+    def __init__(self, *kinds: str, machine: str = "a GPU", risky: tuple[str, ...] = ()) -> None:
+        self.kinds = kinds + risky
+        self.safe = len(kinds)
         self.machine = machine
         self.calls: Counter[str] = Counter()
 
@@ -30,7 +31,13 @@ class FakeExecutor:
         self.calls["candidates"] += 1
         if self.kinds == ("refuses",):
             raise refusal()
-        return [Candidate(i) for i in range(len(self.kinds))]
+        return [Candidate(i) for i in range(self.safe)]
+
+    def risky_candidates(self, gemm: Gemm) -> list[Candidate]:
+        return [Candidate(i) for i in range(self.safe, len(self.kinds))]
+
+    def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:
+        return "library" if self.kinds[candidate.alg_id] == "no layout" else "ours"
 
     def pack(
         self, x: Tensor, gemm: Gemm, candidate: Candidate, *, method: str, transpose: bool = False
