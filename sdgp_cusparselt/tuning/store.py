@@ -50,7 +50,7 @@ class TuningCache:
         self._memory: dict[Hashable, tuple[Decision, float]] = {}
         self._proven: set[tuple[Gemm, Candidate]] = set()
         self._entries: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
-        self._unwritten: dict[tuple[Path, Key], Decision] = {}
+        self._own: dict[tuple[Path, Key], Decision] = {}
         self._gave_up = False
         self._warned = False
         self._unshared = threading.Lock()
@@ -85,12 +85,15 @@ class TuningCache:
 
     def forget(self) -> None:
         """Drop what this process remembers; the files stay."""
-        for memory in (self._memory, self._proven, self._entries, self._unwritten):
+        for memory in (self._memory, self._proven, self._entries, self._own):
             memory.clear()
         self._gave_up = False
 
     def read(self, key: Key, executor: SparseExecutor) -> Decision | None:
-        """Return the decision that is stored for the machine at hand, or None."""
+        """Return the decision that is stored for the machine at hand, or None.
+
+        What is on disk counts before what this process found itself.
+        """
         file = self.file(executor, key.gemm.device)
         try:
             data = self._entries_of(file).get(key.text())
@@ -100,7 +103,7 @@ class TuningCache:
             self._set_aside(file, f"its entry {key.text()!r} is corrupt ({error!r})")
         except LOCK_FAILURES as error:
             self._warn_unwritable(error)
-        return self._unwritten.get((file.path, key))
+        return self._own.get((file.path, key))
 
     def write(self, decision: Decision, executor: SparseExecutor) -> None:
         """Store a decision, unless its reason may pass.
@@ -110,10 +113,10 @@ class TuningCache:
         if decision.transient:
             return
         file = self.file(executor, decision.gemm.device)
+        self._own[file.path, decision.key] = decision
         try:
             file.merge({decision.key.text(): decision.as_dict()})
         except LOCK_FAILURES as error:
-            self._unwritten[file.path, decision.key] = decision
             self._warn_unwritable(error)
 
     def decisions(self, executor: SparseExecutor, device: torch.device) -> list[Decision]:

@@ -1,5 +1,7 @@
 """An executor in plain torch whose algorithms misbehave as told, and a timer with given times."""
 
+import os
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +14,8 @@ from sdgp_cusparselt.pruning.methods import prune
 
 CPU = torch.device("cpu")
 GEMM = Gemm(32, 24, 48, torch.bfloat16, "row", CPU)
+#: What is measured in its place: the top of its bucket of token counts.
+TOP = Gemm(64, 24, 48, torch.bfloat16, "row", CPU)
 
 
 def refusal() -> CusparseLtError:
@@ -70,6 +74,10 @@ class FakeExecutor:
         result = (left.float() @ dense.float()).to(left.dtype)
         if kind == "refuses matmul":
             raise refusal()
+        if kind == "sleeps":
+            time.sleep(60)
+        if kind == "aborts":
+            os.abort()
         if kind == "broken":
             raise TypeError("a programming error")
         if kind == "one element":
