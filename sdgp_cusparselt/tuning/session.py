@@ -95,8 +95,8 @@ class Session:
         sparse = sum(decision.use == "sparse" for decision, _ in found)
         seconds = sum(seconds for _, seconds in found)
         text = (
-            f"sdgp: tuned {len(found)} products in {seconds:.1f} s: {sparse} run sparse, "
-            f"{len(found) - sparse} plain. "
+            f"sdgp: tuned {len(found)} product{'s' * (len(found) > 1)} in {seconds:.1f} s: "
+            f"{sparse} sparse, {len(found) - sparse} plain. "
         )
         text += (
             f"Stored in {stored}: the next run saves these {seconds:.1f} s."

@@ -405,7 +405,7 @@ def test_one_message_for_all_that_a_backward_pass_tuned(
     Tunes.apply(torch.ones(1, requires_grad=True)).backward()
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "tuned 3 products" in said and "2 run sparse, 1 plain" in said
+    assert "tuned 3 products" in said and "2 sparse, 1 plain" in said
     assert str(cache.folder) in said and "the next run saves these" in said
     decide(cache, executor, replace(TOP, n=24))
     decide(again(cache), executor, replace(TOP, n=24))
