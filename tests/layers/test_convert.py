@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sdgp_cusparselt as sdgp
+from sdgp_cusparselt.layers.convert import is_head
 
 
 def small_net() -> nn.Sequential:
@@ -55,7 +56,7 @@ def test_the_default_filter_and_its_reasons() -> None:
     ],
 )
 def test_heads_by_name(name: str, head: bool) -> None:
-    assert sdgp.convert.is_head(name) is head
+    assert is_head(name) is head
 
 
 def test_heads_are_skipped_unless_included() -> None:
