@@ -121,7 +121,7 @@ class Emulator:
         self.cdll.emu_set_thread_check(int(on))
 
     def workspace(self, size: int) -> None:
-        """Set the workspace of every plan, in bytes; -1 for as much as compress wants as scratch."""
+        """Set the workspace of every plan, in bytes; -1 for what compress wants as well."""
         self.cdll.emu_set_workspace(ctypes.c_long(size))
 
     def fail(self, function: str, status: int, *, after: int = 0) -> None:
