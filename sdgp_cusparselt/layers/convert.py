@@ -1,12 +1,9 @@
 """convert_, revert_ and set_enabled_: whole models in place, with a report."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +16,7 @@ from sdgp_cusparselt.layers.modules import (
     release_,
     sdgp_class_of,
 )
+from sdgp_cusparselt.layers.report import ConversionReport, grouped
 
 FilterFn = Callable[[nn.Module, str], bool]
 #: One configuration for all layers, or name pattern -> configuration; None leaves layers dense.
@@ -28,44 +26,6 @@ Configs = SDGPConfig | Mapping[str, SDGPConfig | None]
 HEAD_NAMES = ("head", "fc", "classifier", "lm_head", "score")
 #: A layer that reads this many channels or fewer reads an image: it needs no grad_input.
 STEM_CHANNELS = 3
-
-
-@dataclass
-class ConversionReport:
-    """What ``convert_`` did; printing it gives a table.
-
-    Attributes:
-        converted: fully qualified names of the converted layers, in model order.
-        skipped: name -> reason, for every linear or convolution that stayed dense.
-        config: the configuration that the converted layers share; None if patterns gave several.
-        configs: converted layer -> its configuration.
-    """
-
-    config: SDGPConfig | None
-    converted: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    configs: dict[str, SDGPConfig] = field(default_factory=dict)
-    _kinds: dict[str, str] = field(default_factory=dict, repr=False)
-
-    def __str__(self) -> str:
-        """Return the table, 100 columns wide."""
-        count = f"{len(self.converted)} converted, {len(self.skipped)} dense"
-        what = "by name" if self.config is None else self.config.describe()
-        title = f"SDGP {what}: {count}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in ("layer", "kind", "backward"):
-            table.add_column(column, overflow="fold")
-        for name, kind in self._kinds.items():
-            table.add_row(name or "(root)", kind, self._backward(name))
-        console = Console(width=100, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
-
-    def _backward(self, name: str) -> str:
-        if name in self.skipped:
-            return f"dense: {self.skipped[name]}"
-        return "pruned" if self.config is not None else self.configs[name].describe()
 
 
 def convert_(
@@ -117,7 +77,7 @@ def convert_(
         own = patterns[matching[0]] if matching else None
         reason = _reason_against(module, name, own, filter_fn, include_heads)
         if reason != "":
-            report._kinds[name] = type(module).__name__
+            report.kinds[name] = type(module).__name__
             unused.difference_update(matching)
         if reason:
             report.skipped[name] = reason
@@ -292,12 +252,14 @@ def _channels(module: nn.Module) -> tuple[int, int]:
 
 def _check_matches(report: ConversionReport, chosen: int, unused: set[str]) -> None:
     """Raise unless some layer is converted and every pattern named one."""
-    seen = "; ".join(f"{name or '(root)'}: {why}" for name, why in report.skipped.items())
     if not chosen:
+        groups = grouped(report.skipped, lambda name: ("", report.skipped[name]))
+        seen = "; ".join(f"{group.title}: {group.backward}" for group in groups)
         got = f"one that matched none of: {seen}" if seen else "a model without such layers"
         fix = "Widen filter_fn, or pass a model with nn.Linear, nn.Conv2d or Conv1D layers."
         raise value_error("convert_", "filter_fn", "a filter that matches a layer", got, fix)
     if unused:
         got = ", ".join(repr(pattern) for pattern in sorted(unused))
-        fix = f"The layers are {', '.join(repr(name) for name in report._kinds)}."
+        names = ", ".join(repr(group.pattern) for group in grouped(report.kinds))
+        fix = f"The layers are {names}."
         raise value_error("convert_", "config", "patterns that each match a layer", got, fix)
