@@ -17,6 +17,7 @@ from sdgp_cusparselt.layers.modules import (
     sdgp_class_of,
 )
 from sdgp_cusparselt.layers.report import ConversionReport, grouped
+from sdgp_cusparselt.layers.unsuitable import adapters, output_layers, why_other_kind
 
 FilterFn = Callable[[nn.Module, str], bool]
 #: One configuration for all layers, or name pattern -> configuration; None leaves layers dense.
@@ -48,7 +49,8 @@ def convert_(
         filter_fn: (module, fully qualified name) -> whether to convert it. Given, it alone decides
             among the layers that can be converted; without it layers that read images, heads and
             layers whose output is no multiple of m stay dense.
-        include_heads: convert also layers named head, fc, classifier, lm_head or score.
+        include_heads: convert also layers named head, fc, classifier, lm_head or score, and what
+            ``get_output_embeddings`` returns.
 
     Returns:
         What was converted, and why the rest was not.
@@ -68,6 +70,7 @@ def convert_(
     patterns = {"*": config} if isinstance(config, SDGPConfig) else config
     unused = set(patterns)
     chosen: list[tuple[str, nn.Module, SDGPConfig]] = []
+    heads, narrow = output_layers(unwrapped(model)), adapters(unwrapped(model))
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, SDGPModule):
             fix = "Call sdgp.revert_(model) first, or convert only the new part."
@@ -75,7 +78,8 @@ def convert_(
             raise value_error("convert_", "model", "unconverted", got, fix)
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         own = patterns[matching[0]] if matching else None
-        reason = _reason_against(module, name, own, filter_fn, include_heads)
+        makes_outputs = not include_heads and (is_head(name) or module in heads)
+        reason = _reason_against(module, name, own, filter_fn, makes_outputs, module in narrow)
         if reason != "":
             report.kinds[name] = type(module).__name__
             unused.difference_update(matching)
@@ -200,7 +204,8 @@ def _reason_against(
     name: str,
     config: SDGPConfig | None,
     filter_fn: FilterFn | None,
-    include_heads: bool,
+    makes_outputs: bool,
+    is_adapter: bool,
 ) -> str | None:
     """Return None to convert, "" for a module that is none of our kinds, else why not."""
     if sdgp_class_of(module) is None:
@@ -209,8 +214,10 @@ def _reason_against(
         return "left dense by its name"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "left out by filter_fn"
-    if not include_heads and is_head(name):
-        return "makes the model's outputs by its name; include_heads=True converts it"
+    if is_adapter:
+        return "an adapter, as narrow as its rank: nothing to gain"
+    if makes_outputs:
+        return "makes the model's outputs; include_heads=True converts it"
     reads, reduced = _channels(module)
     if reads <= STEM_CHANNELS:
         return f"reads {reads} channels, so it stands at the input and needs no grad_input"
@@ -223,7 +230,9 @@ def _why_not_convertible(module: nn.Module) -> str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"
     if not isinstance(module, nn.Linear | nn.Conv2d):
-        return ""
+        return why_other_kind(module)
+    if type(module).__module__.startswith("bitsandbytes."):
+        return f"{type(module).__name__} holds its weight quantized"
     if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
         return "fully_shard changed its class: convert first, or shard only the block around it"
     return f"{type(module).__name__} is a subclass and may compute something else"
