@@ -59,7 +59,7 @@ ORDER = {
         "products.backward products.by_hand",
         "products.operators",
         "layers.functional",
-        "layers.modules",
+        "layers.modules layers.report layers.unsuitable",
         "layers.convert",
         "layers.stepping",
         "layers.__init__",
