@@ -55,7 +55,7 @@ ORDER = {
         "products.dispatch",
         "products.backward products.by_hand",
         "products.operators",
-        "layers.functional",
+        "layers.functional layers.presets",
         "layers.modules",
         "layers.convert",
         "layers.stepping",
