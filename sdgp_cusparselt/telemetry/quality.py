@@ -228,3 +228,7 @@ def _flop_share(model: nn.Module, report: Any) -> float:
         if f"{name}.weight" in sizes
     )
     return pruned / (2 * sum(sizes.values())) if sizes else 0.0
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
