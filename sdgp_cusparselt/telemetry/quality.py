@@ -104,6 +104,7 @@ def gradient_quality(
     Source:
         Checked against trained models in docs/numerics.md.
     """
+    plain = copy.deepcopy(model)  # a forward in training moves the statistics of batch norms
     copies = {name: copy.deepcopy(model) for name in variants}
     shares = {name: _flop_share(twin, variants[name](twin)) for name, twin in copies.items()}
     names = [name for name, p in model.named_parameters() if p.dim() > 1 and p.requires_grad]
@@ -112,7 +113,7 @@ def gradient_quality(
     count = 0
     for batch in batches:
         count += 1
-        exact = _gradients(model, batch, loss_fn, names)
+        exact = _gradients(plain, batch, loss_fn, names)
         for name in names:
             dense[name].add(exact[name])
         for variant, twin in copies.items():

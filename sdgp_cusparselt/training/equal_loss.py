@@ -6,6 +6,7 @@ Dense training is run at several lengths, each with its own whole learning-rate 
 the curve of one long run would be a run whose rate has not come down yet.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ def steps_to_loss(dense: Mapping[int, float], loss: float) -> float:
         fix = "Add a shorter dense run."
         rule = f"at most that of the shortest dense run, {dense[lengths[0]]:.4f}"
         raise value_error("steps_to_loss", "loss", rule, f"{loss:.4f}", fix)
-    for short, long in zip(lengths, lengths[1:], strict=False):
+    for short, long in itertools.pairwise(lengths):
         above, below = dense[short], dense[long]
         if below <= loss <= above:
             part = (above - loss) / (above - below) if above > below else 0.0
