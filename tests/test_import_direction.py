@@ -58,7 +58,7 @@ ORDER = {
         "products.dispatch",
         "products.backward products.by_hand",
         "products.operators",
-        "layers.functional",
+        "layers.functional layers.presets",
         "layers.modules layers.report layers.unsuitable",
         "layers.convert",
         "layers.stepping",
