@@ -57,15 +57,14 @@ class Candidate:
 class SparseExecutor(Protocol):
     """What the tuner needs of a backend."""
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return the ways of running gemm that can be tried in this process, the best bets first.
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
+        """Return ways of running gemm, the default first.
 
-        None of them hangs or ends the CUDA context.
+        Args:
+            gemm: the product.
+            safe: only those that cannot hang or end the process; else all of them, for a process
+                that can be spared.
         """
-        ...
-
-    def risky_candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return further ways, which may hang or end the process: for one that can be spared."""
         ...
 
     def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:

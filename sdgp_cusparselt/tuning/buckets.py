@@ -9,7 +9,6 @@ sparse to plain hardly moves: tokens cancel out of the inequality of docs/when-i
 from dataclasses import replace
 
 from sdgp_cusparselt.backends.gemm import Gemm
-from sdgp_cusparselt.backends.plans import padded_rows
 from sdgp_cusparselt.backends.reasons import MAX_ELEMENTS
 
 #: Below this a product costs its launches, whatever its size.
@@ -39,8 +38,3 @@ def bucket_of(gemm: Gemm, transpose: bool) -> Gemm:
     top = replace(gemm, k=bucket(gemm.k)) if transpose else replace(gemm, m=bucket(gemm.m))
     fits = max(top.m * top.k, top.k * top.n, top.m * top.n) <= MAX_ELEMENTS
     return top if fits else gemm
-
-
-def planned(gemm: Gemm) -> Gemm:
-    """Return the product that a plan is made for: rows padded as the library wants them."""
-    return replace(gemm, m=padded_rows(gemm.m))

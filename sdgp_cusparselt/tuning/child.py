@@ -62,4 +62,4 @@ def _search(request: dict[str, Any], executor: SparseExecutor, connection: Conne
     key = key_of(request["product"], torch.device(request["device"]))
     excluded = rejected_from_list(request["excluded"])
     limits = replace(FULL, progress=progress, trying=trying)
-    return Search(key, executor, limits=limits, risky=True, excluded=excluded).decide()
+    return Search(key, executor, limits=limits, safe=False, excluded=excluded).decide()

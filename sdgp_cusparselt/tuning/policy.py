@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
+from sdgp_cusparselt.backends.plans import planned_as
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.tuning import memory
-from sdgp_cusparselt.tuning.buckets import planned
 from sdgp_cusparselt.tuning.contest import REFUSALS, Limits, first_line
 from sdgp_cusparselt.tuning.decision import (
     MATMUL,
@@ -182,7 +182,7 @@ class _Case:
         return decision if self._forced else self._same_packer(decision, candidate)
 
     def _too_close(self, decision: Decision) -> bool:
-        measured = planned(self.key.gemm) == planned(decision.gemm)
+        measured = planned_as(self.key.gemm) == planned_as(decision.gemm)
         if measured or decision.sparse_us is None or decision.dense_us is None:
             return False
         return decision.sparse_us > ELSEWHERE_MARGIN * decision.dense_us

@@ -167,7 +167,7 @@ class Search:
         seed: of data and order.
         limits: what it may cost.
         liked: candidate -> how many other products it won; the winners are tried first.
-        risky: try also what may hang or end the process.
+        safe: try only what cannot hang or end the process.
         excluded: candidates that did so before, with what they did.
     """
 
@@ -177,7 +177,7 @@ class Search:
     seed: int = 0
     limits: Limits = FULL
     liked: Counter[Candidate | None] = field(default_factory=Counter)
-    risky: bool = False
+    safe: bool = True
     excluded: Rejected = ()
 
     def decide(self, timer: Timer | None = None) -> Decision:
@@ -233,9 +233,7 @@ class Search:
         if 0 in (gemm.m, gemm.n, gemm.k):
             return dense_decision(self.key, "the product is empty")
         try:
-            found = list(self.executor.candidates(gemm))
-            if self.risky:
-                found += self.executor.risky_candidates(gemm)
+            found = self.executor.candidates(gemm, safe=self.safe)
         except REFUSALS as error:
             if is_out_of_memory(error):
                 raise

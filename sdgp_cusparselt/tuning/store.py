@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
+from sdgp_cusparselt.backends.plans import planned_as
 from sdgp_cusparselt.cache import CacheFile, cache_dir, locked
 from sdgp_cusparselt.errors import SDGPCacheWarning
-from sdgp_cusparselt.tuning.buckets import planned
 from sdgp_cusparselt.tuning.decision import Decision, Key
 from sdgp_cusparselt.tuning.session import Session
 
@@ -77,11 +77,11 @@ class TuningCache:
 
     def is_proven(self, gemm: Gemm, candidate: Candidate) -> bool:
         """Whether a plan computed right in this process."""
-        return (planned(gemm), candidate) in self._proven
+        return (planned_as(gemm), candidate) in self._proven
 
     def prove(self, gemm: Gemm, candidate: Candidate) -> None:
         """Note that a plan computed right in this process."""
-        self._proven.add((planned(gemm), candidate))
+        self._proven.add((planned_as(gemm), candidate))
 
     def forget(self) -> None:
         """Drop what this process remembers; the files stay."""

@@ -25,20 +25,17 @@ def refusal() -> CusparseLtError:
 class FakeExecutor:
     """Algorithms by number; ``kinds[i]`` says how algorithm i misbehaves, "good" if it does not."""
 
-    def __init__(self, *kinds: str, machine: str = "a GPU", risky: tuple[str, ...] = ()) -> None:
-        self.kinds = kinds + risky
+    def __init__(self, *kinds: str, machine: str = "a GPU", unsafe: tuple[str, ...] = ()) -> None:
+        self.kinds = kinds + unsafe
         self.safe = len(kinds)
         self.machine = machine
         self.calls: Counter[str] = Counter()
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
         self.calls["candidates"] += 1
         if self.kinds == ("refuses",):
             raise refusal()
-        return [Candidate(i) for i in range(self.safe)]
-
-    def risky_candidates(self, gemm: Gemm) -> list[Candidate]:
-        return [Candidate(i) for i in range(self.safe, len(self.kinds))]
+        return [Candidate(i) for i in range(self.safe if safe else len(self.kinds))]
 
     def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:
         return "library" if self.kinds[candidate.alg_id] == "no layout" else "ours"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdgp_cusparselt.backends.gemm import Gemm
-from sdgp_cusparselt.tuning.buckets import SMALLEST, bucket, bucket_of, planned
+from sdgp_cusparselt.tuning.buckets import SMALLEST, bucket, bucket_of
 from tests.tuning.fakes import CPU
 
 
@@ -35,8 +35,3 @@ def test_no_bucket_that_the_library_could_not_count() -> None:
     gemm = Gemm(66_000, 64, 32_000, torch.bfloat16, "row", CPU)
     assert 98_304 * 32_000 > 2**31
     assert bucket_of(gemm, False) == gemm
-
-
-def test_a_plan_is_made_for_padded_rows() -> None:
-    gemm = Gemm(1000, 24, 64, torch.bfloat16, "row", CPU)
-    assert planned(gemm).m == 1008 and planned(planned(gemm)) == planned(gemm)
