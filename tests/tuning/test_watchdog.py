@@ -92,7 +92,7 @@ def test_what_it_finds_is_stored_with_what_it_killed(tmp_path: Path) -> None:
 def searched() -> Decision:
     """What the real child makes of algorithms that sleep and abort among its unsafe ones."""
     make = partial(FakeExecutor, "nan", "good", unsafe=("sleeps", "aborts", "good"))
-    with Watchdog(make, patience_s=5.0) as dog:
+    with Watchdog(make, patience_s=3.0) as dog:
         return dog.search(KEY, LIMITS)
 
 
