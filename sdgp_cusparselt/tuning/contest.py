@@ -58,8 +58,9 @@ class Limits:
 
     Attributes:
         candidates: how many of those offered are tried; all if None.
-        seconds: after which no further candidate is proven and no further round is run. What has
-            begun is finished, and one candidate is proven and timed in any case.
+        seconds: after which no further candidate is proven and no further round is run; see
+            ``Deadline``. What has begun is finished, and one candidate is proven and timed in any
+            case.
         clock: monotonic seconds.
         progress: called with (done, total, what is being done).
         trying: called before a candidate, or with None before the rival, is proven or timed;
@@ -73,6 +74,27 @@ class Limits:
     trying: Callable[[Candidate | None], None] = lambda candidate: None
 
 
+class Deadline:
+    """When the time of a search is over.
+
+    It runs from the end of the first candidate's first run, which compiles kernels, learns an
+    order and loads what it needs: work that the search's first product would pay for all others.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._at = limits, math.inf
+
+    def start(self) -> None:
+        """Let the time run, if it does not yet."""
+        if self._at == math.inf:
+            self._at = self._limits.clock() + self._limits.seconds
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return self._limits.clock() >= self._at
+
+
 @dataclass(frozen=True)
 class Contest:
     """The contest for one product: the arguments that its steps share.
@@ -82,7 +104,7 @@ class Contest:
         executor: what runs it sparsely.
         rival: what the sparse path has to beat.
         limits: what it may cost.
-        late: whether the time is over.
+        deadline: of the search.
         timer: what times a call.
         seed: of data and order.
     """
@@ -91,7 +113,7 @@ class Contest:
     executor: SparseExecutor
     rival: Rival
     limits: Limits
-    late: Callable[[], bool]
+    deadline: Deadline
     timer: Timer
     seed: int
 
@@ -138,7 +160,7 @@ class Contest:
 
     def _rounds(self, most: int) -> Iterator[int]:
         for number in range(most):
-            if number >= LEAST_ROUNDS and self.late():
+            if number >= LEAST_ROUNDS and self.deadline.passed:
                 return
             yield number
 

@@ -183,6 +183,19 @@ def test_time_up_leaves_who_is_proven(cache: TuningCache, clock: Clock) -> None:
     assert not found.rejected, "who was not tried is not wrong"
 
 
+def test_what_the_first_run_compiles_is_not_charged_to_the_search(
+    cache: TuningCache, clock: Clock
+) -> None:
+    class Compiles(FakeExecutor):
+        def pack(self, *args, **kwargs):
+            clock.now += 0.0 if self.calls["pack"] else 20.0
+            return super().pack(*args, **kwargs)
+
+    found = decide(cache, Compiles("good", "good", "good"), timer=fixed(a0=9.0, a1=9.0, a2=1.0))
+    assert found.candidate == Candidate(2) and found.conditions["candidates_timed"] == 3
+    assert cache.session.spent == 20.0, "but to the process"
+
+
 def test_a_bad_first_candidate_does_not_use_up_the_search(cache: TuningCache, clock: Clock) -> None:
     found = decide(cache, Slow(clock, 3.0, "nan", "good"), timer=fixed(a1=1.0))
     assert found.candidate == Candidate(1)
@@ -407,6 +420,17 @@ def test_one_message_for_all_that_a_backward_pass_tuned(
     assert said.count("\n") == 1
     assert "tuned 3 products" in said and "2 sparse, 1 plain" in said
     assert str(cache.folder) in said and "the next run saves these" in said
+
+    class Fails(Tunes):
+        @staticmethod
+        def backward(ctx, grad):
+            decide(cache, executor, replace(TOP, n=56), timer=ticking(cache, fixed(a0=40.0)))
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        Fails.apply(torch.ones(1, requires_grad=True)).backward()
+    decide(cache, executor, replace(TOP, n=64), timer=ticking(cache, fixed(a0=40.0)))
+    assert "tuned 2 products" in capsys.readouterr().err, "what a failed pass tuned is not lost"
     decide(cache, executor, replace(TOP, n=24))
     decide(again(cache), executor, replace(TOP, n=24))
     assert capsys.readouterr().err == "", "what is read is not announced"
