@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -107,6 +107,7 @@ class Contest:
         deadline: of the search.
         timer: what times a call.
         seed: of data and order.
+        harmless: candidates that cannot hang; one of them runs at sizes that are not measured.
     """
 
     key: Key
@@ -116,6 +117,7 @@ class Contest:
     deadline: Deadline
     timer: Timer
     seed: int
+    harmless: frozenset[Candidate]
 
     def decision(self, offered: Candidates) -> Decision | None:
         """Screen the products, then race the best ones with their pack against the rival.
@@ -133,7 +135,9 @@ class Contest:
         names = {describe_candidate(c): c for c in offered.standing}
         runs: Runs = {name: self._product(c, x, dense) for name, c in names.items()}
         screened = self._times(runs, SCREENING_ROUNDS, names, offered)
-        finalists = sorted(screened, key=lambda name: median(screened[name]))[:FINALISTS]
+        fastest = sorted(screened, key=lambda name: median(screened[name]))
+        harmless = [name for name in fastest if names[name] in self.harmless]
+        finalists = list(dict.fromkeys(fastest[:FINALISTS] + harmless[:1]))
         self.limits.progress(STEPS - 1, STEPS, "race against dense")
         runs = {"dense": self._dense(x.t() if transpose else x, dense)}
         runs |= {name: self._whole(names[name], x, dense) for name in finalists}
@@ -142,8 +146,12 @@ class Contest:
         finalists = [name for name in finalists if name in final and f"pack for {name}" in final]
         if not finalists:
             return None
-        winner = min(finalists, key=lambda name: median(final[name]))
-        return self._outcome(names[winner], winner, screened, final, offered)
+        finalists.sort(key=lambda name: median(final[name]))
+        decision = self._outcome(names[finalists[0]], finalists[0], screened, final, offered)
+        for name in finalists:
+            if names[name] in self.harmless:
+                return replace(decision, elsewhere=names[name], elsewhere_us=median(final[name]))
+        return decision
 
     def _times(
         self, runs: Runs, rounds: int, names: dict[str, Candidate], offered: Candidates

@@ -221,8 +221,18 @@ class Search:
         if not offered.standing:
             return self._nothing_right(offered)
         timer = timer_for(self.key.gemm.device) if timer is None else timer
+        harmless = offered.standing
+        if not self.safe:
+            harmless = self.executor.candidates(self.key.gemm)
         contest = Contest(
-            self.key, self.executor, self.rival, self.limits, deadline, timer, self.seed
+            self.key,
+            self.executor,
+            self.rival,
+            self.limits,
+            deadline,
+            timer,
+            self.seed,
+            frozenset(harmless),
         )
         return contest.decision(offered) or self._nothing_right(offered)
 
