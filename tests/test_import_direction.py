@@ -55,6 +55,8 @@ ORDER = {
         "products.dispatch",
         "products.backward products.by_hand",
         "products.operators",
+        "layers.casting layers.shards",
+        "layers.plain layers.autograd",
         "layers.functional",
         "layers.modules",
         "layers.convert",
