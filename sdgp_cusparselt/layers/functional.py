@@ -108,10 +108,10 @@ def conv2d(
     _check("conv2d", config, input, weight)
     record = _NO_RECORD if record is None else record
     steps, reach = _pair("stride", stride), _pair("dilation", dilation)
-    edges = padding if isinstance(padding, str) else _pair("padding", padding)
+    edges = _edges(padding, steps)
     if not prunes(input, weight, config, record):
         return F.conv2d(input, weight, bias, steps, edges, reach, groups)
-    input, pads = _padded(input, weight, steps, edges, reach)
+    input, pads = _padded(input, weight, edges, reach)
     conv = ConvGeometry(steps, pads, reach, groups)
     return pruned_conv2d(input, weight, bias, conv, config, record)
 
@@ -137,24 +137,27 @@ def _pair(argument: str, value: Pair) -> tuple[int, int]:
     return value[0], value[-1]
 
 
+def _edges(padding: Pair | str, stride: tuple[int, int]) -> tuple[int, int] | str:
+    """Return padding in pixels, or one of its two words."""
+    if not isinstance(padding, str):
+        return _pair("padding", padding)
+    if padding not in ("valid", "same"):
+        rule = 'a number, a pair, "valid" or "same"'
+        raise value_error("conv2d", "padding", rule, repr(padding), "Pick one of these.")
+    if padding == "same" and stride != (1, 1):
+        fix = "Pass the padding in pixels."
+        raise value_error("conv2d", "stride", 'one with padding="same"', stride, fix)
+    return padding
+
+
 def _padded(
-    input: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int] | str,
-    dilation: tuple[int, int],
+    input: Tensor, weight: Tensor, padding: tuple[int, int] | str, dilation: tuple[int, int]
 ) -> tuple[Tensor, tuple[int, int]]:
     """Return the input, padded where the padding is lopsided, and what the convolution pads."""
     if not isinstance(padding, str):
         return input, padding
     if padding == "valid":
         return input, (0, 0)
-    if padding != "same":
-        rule = 'a number, a pair, "valid" or "same"'
-        raise value_error("conv2d", "padding", rule, repr(padding), "Pick one of these.")
-    if stride != (1, 1):
-        fix = "Pass the padding in pixels."
-        raise value_error("conv2d", "stride", 'one with padding="same"', stride, fix)
     total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     low = (total[0] // 2, total[1] // 2)
     odd_h, odd_w = total[0] % 2, total[1] % 2

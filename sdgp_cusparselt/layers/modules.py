@@ -94,7 +94,7 @@ class SDGPLinear(SDGPModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.T + bias: [..., in_features] -> [..., out_features]."""
-        if isinstance(input, Proxy):
+        if is_traced(input):
             return _as_leaf(self, input)
         if not self.sdgp_prunes(input, self.weight):
             return super().forward(input)
@@ -108,7 +108,7 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
-        if isinstance(input, Proxy):
+        if is_traced(input):
             return _as_leaf(self, input)
         if not self.sdgp_prunes(input, self.weight):
             return super().forward(input)
@@ -120,9 +120,9 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
             input,
             self.weight,
             self.bias,
-            self.stride,  # type: ignore[arg-type]
+            self.stride,
             padding,
-            self.dilation,  # type: ignore[arg-type]
+            self.dilation,
             self.groups,
             config=self.sdgp_config,
             record=self.sdgp_record,
@@ -148,7 +148,7 @@ class SDGPConv1D(SDGPModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight + bias: [..., in_features] -> [..., out_features]."""
-        if isinstance(input, Proxy):
+        if is_traced(input):
             return _as_leaf(self, input)
         weight = self.weight.t()
         if not self.sdgp_prunes(input, weight):
@@ -168,10 +168,16 @@ class SDGPConv1D(SDGPModule):
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
 
 
-def _as_leaf(module: nn.Module, input: Proxy) -> Any:
+def is_traced(input: object) -> bool:
+    """Whether this is no tensor, but stands for one while ``torch.fx`` traces the model."""
+    return isinstance(input, Proxy)
+
+
+def _as_leaf(module: nn.Module, input: Any) -> Tensor:
     """Stay one node of a graph that ``torch.fx`` traces, as layers of torch.nn do."""
-    tracer = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+    tracer: Any = input.tracer
+    output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+    return output
 
 
 def sdgp_class_of(module: nn.Module) -> type[SDGPModule] | None:

@@ -23,7 +23,7 @@ from sdgp_cusparselt.pruning import methods as _pruning
 from sdgp_cusparselt.recording.records import record_of
 
 # Defined by hand and not by torch.library.custom_op, whose wrappers cost 60 us a call.
-_LIBRARY = torch.library.Library("sdgp", "DEF")
+_LIBRARY = torch.library.Library("sdgp", "DEF")  # type: ignore[no-untyped-call]
 # random and mvue draw from torch's generator, so the compiler must not merge or repeat calls.
 _DRAWS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 
@@ -36,8 +36,8 @@ def _operator(
     def define(kernel: Callable[..., Any]) -> Any:
         name = kernel.__name__
         schema = torch.library.infer_schema(kernel, mutates_args=())
-        _LIBRARY.define(name + schema, tags=tuple(tags))
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        _LIBRARY.define(name + schema, tags=tuple(tags))  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"sdgp::{name}", fake, lib=_LIBRARY)
         torch.library.register_autograd(f"sdgp::{name}", _not_differentiable, lib=_LIBRARY)
         return getattr(torch.ops.sdgp, name).default
