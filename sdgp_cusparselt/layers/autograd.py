@@ -157,6 +157,13 @@ class _LinearTransformed(_Linear):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise SDGPError(_NO_JVP)
 
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], input: Tensor, *others: Any
+    ) -> tuple[Tensor, int]:
+        mapped = input.movedim(_dim_of_input(in_dims), 0)
+        return _LinearTransformed.apply(mapped, *others), 0  # type: ignore[no-untyped-call]
+
 
 def _linear_gradients(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
@@ -247,14 +254,6 @@ class _Conv2d(Function):
             grad_weight, grad_bias = _conv2d_grad_parameters(ctx, grad_output, input_like, weight)
         return _once(ctx, grad_output, grad_input, grad_weight, grad_bias, *[None] * 11)
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], input: Tensor, *others: Any
-    ) -> tuple[Tensor, int]:
-        images = input.movedim(_dim_of_input(in_dims), 0)
-        output: Tensor = _Conv2d.apply(images.flatten(0, 1), *others)  # type: ignore[no-untyped-call]
-        return torch.unflatten(output, 0, images.shape[:2]), 0
-
 
 class _Conv2dTransformed(_Conv2d):
     @staticmethod
@@ -265,8 +264,9 @@ class _Conv2dTransformed(_Conv2d):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], input: Tensor, *others: Any
     ) -> tuple[Tensor, int]:
-        mapped = input.movedim(_dim_of_input(in_dims), 0)
-        return _LinearTransformed.apply(mapped, *others), 0  # type: ignore[no-untyped-call]
+        images = input.movedim(_dim_of_input(in_dims), 0)
+        output: Tensor = _Conv2dTransformed.apply(images.flatten(0, 1), *others)  # type: ignore[no-untyped-call]
+        return torch.unflatten(output, 0, images.shape[:2]), 0
 
 
 def _unsaved(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -327,8 +327,17 @@ def _begin(grad_output: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     casting.forget()
-    if _functorch.is_batchedtensor(grad_output) or _functorch.is_legacy_batchedtensor(grad_output):
+    if _is_batched(grad_output):
         raise SDGPError(_NO_BATCHED_GRADIENTS)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether vmap maps over x, at whatever depth of other transforms."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return _functorch.is_legacy_batchedtensor(x)
 
 
 def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:
@@ -341,8 +350,6 @@ def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:
 
 class _NoDoubleBackward(Function):
     """Hands gradients through and raises when they are differentiated."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
