@@ -128,7 +128,8 @@ class _Linear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs
+        input, weight, bias, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs
+        _keep(ctx, bias)
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
             weight if ctx.needs_input_grad[0] else None,
@@ -186,7 +187,7 @@ def _linear_gradients(
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _linear_grads(
@@ -236,7 +237,8 @@ class _Conv2d(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs[:7]
+        input, weight, bias, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs[:7]
+        _keep(ctx, bias)
         ctx.geometry = inputs[7:]
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         ctx.input_layout = input.shape, input.stride()
@@ -304,6 +306,12 @@ def _conv2d_grad_parameters(
             grad_output, input, weight, conv, ctx.config, ctx.record
         )
     return grad_weight, grad_bias
+
+
+def _keep(ctx: Any, bias: Tensor | None) -> None:
+    """Keep the copy of a bias that autocast made for as long as the graph, as weights' are."""
+    if not torch.compiler.is_compiling():
+        ctx.bias = bias
 
 
 def _opaque(grad_output: Tensor) -> bool:

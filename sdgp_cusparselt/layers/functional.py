@@ -109,7 +109,8 @@ def conv2d(
     record = _NO_RECORD if record is None else record
     steps, reach = _pair("stride", stride), _pair("dilation", dilation)
     edges = _edges(padding, steps)
-    if not prunes(input, weight, config, record):
+    images = weight.ndim == 4 and input.ndim in (3, 4)  # torch says what is wrong with others
+    if not images or not prunes(input, weight, config, record):
         return F.conv2d(input, weight, bias, steps, edges, reach, groups)
     input, pads = _padded(input, weight, edges, reach)
     conv = ConvGeometry(steps, pads, reach, groups)

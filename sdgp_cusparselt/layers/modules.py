@@ -176,7 +176,13 @@ def is_traced(input: object) -> bool:
 def _as_leaf(module: nn.Module, input: Any) -> Tensor:
     """Stay one node of a graph that ``torch.fx`` traces, as layers of torch.nn do."""
     tracer: Any = input.tracer
-    output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+    path = tracer.path_of_module(module)
+    if not path:
+        raise SDGPError(
+            "SDGP: torch.fx cannot trace a pruned layer by itself: its pruning is no graph of "
+            "torch's operators. Trace the model around it, or call sdgp.revert_ first."
+        )
+    output: Tensor = tracer.create_proxy("call_module", path, (input,), {})
     return output
 
 

@@ -26,22 +26,26 @@ def prunes(input: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRecor
     Raises:
         NotSupportedError: it cannot be, and ``config.on_unsupported`` is "raise".
     """
-    if not torch.is_grad_enabled() or not _wanted(input, weight, config):
+    sparse_grad_weight = config.grad_weight == "sparse"
+    if not (config.prunes or sparse_grad_weight) or not torch.is_grad_enabled():
         return False
-    reason = reason_against(input, weight, config)
+    if torch._C._get_tracing_state() is not None:  # torch.jit.is_tracing()
+        reason: str | None = "torch.jit.trace records no pruning"
+    elif not _wanted(input, weight, config.prunes, sparse_grad_weight):
+        return False
+    else:
+        reason = reason_against(input, weight, config)
     if reason is None:
         return True
     _announce(reason, config, record)
     return False
 
 
-def _wanted(input: Tensor, weight: Tensor, config: SDGPConfig) -> bool:
-    sparse_grad_weight = config.grad_weight == "sparse"
-    if not config.prunes and not sparse_grad_weight:
-        return False
+def _wanted(input: Tensor, weight: Tensor, prunes: bool, sparse_grad_weight: bool) -> bool:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True  # a tensor does not know what transforms around this one ask of it
-    return (config.prunes and input.requires_grad) or (sparse_grad_weight and weight.requires_grad)
+    wanted = (prunes and input.requires_grad) or (sparse_grad_weight and weight.requires_grad)
+    return wanted and weight.numel() > 0
 
 
 def reason_against(input: Tensor, weight: Tensor, config: SDGPConfig) -> str | None:
