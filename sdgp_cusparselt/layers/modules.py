@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
-from sdgp_cusparselt.errors import type_error
+from sdgp_cusparselt.errors import SDGPError, type_error
 from sdgp_cusparselt.layers import autograd, casting, functional, plain
 from sdgp_cusparselt.recording.records import LayerRecord
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.layers.convert import is_head
-from sdgp_cusparselt.layers.convert import is_head
 
 
 def small_net() -> nn.Sequential:
