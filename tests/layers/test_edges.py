@@ -257,7 +257,9 @@ def test_complex_operands_are_refused(function: Callable[..., Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 def test_complex_layers_stay_plain() -> None:
     model = nn.Sequential(
-        nn.Linear(8, 8, dtype=torch.complex64), nn.Linear(8, 8), nn.Conv2d(8, 8, 1).to(torch.complex64)
+        nn.Linear(8, 8, dtype=torch.complex64),
+        nn.Linear(8, 8),
+        nn.Conv2d(8, 8, 1).to(torch.complex64),
     )
     report = sdgp.convert_(model, CONFIG, filter_fn=everything)
     assert report.converted == ["1"]
