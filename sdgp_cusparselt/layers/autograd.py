@@ -23,6 +23,7 @@ from sdgp_cusparselt.backends.dense import (
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.layers import casting, shards
+from sdgp_cusparselt.layers.plain import ORDINARY
 from sdgp_cusparselt.products import backward as products
 from sdgp_cusparselt.products import operators as ops
 from sdgp_cusparselt.recording.records import COMPILED, LayerRecord
@@ -128,32 +129,31 @@ class _Linear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs
-        _keep(ctx, bias)
+        input, weight, _, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
             weight if ctx.needs_input_grad[0] else None,
         )
         ctx.weight_is_row_major = weight.stride() == (weight.shape[1], 1)
-        ctx.sharding = shards.sharding_of(input, weight)
+        ctx.sharding = None if type(weight) in ORDINARY else shards.sharding_of(input, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
-        _begin(grad_output)
         input, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *_linear_gradients(ctx, grad_output, input, weight), None, None, None, None
         with torch.no_grad():
-            if ctx.sharding is None:
-                found = _linear_gradients(ctx, grad_output, input, weight)
-            else:
-                local = partial(_linear_gradients, ctx)
-                found = shards.linear_gradients(
-                    ctx.sharding, grad_output, input, weight, ctx.config, local
-                )
+            found = _linear_gradients(ctx, grad_output, input, weight)
         return _once(ctx, grad_output, *found, None, None, None, None)
 
 
 class _LinearTransformed(_Linear):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Linear.setup_context(ctx, inputs, output)
+        ctx.bias = inputs[2]  # keeps autocast's copy of it for as long as that of the weight
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise SDGPError(_NO_JVP)
@@ -170,19 +170,36 @@ def _linear_gradients(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> shards.Gradients:
     """Return grad_input, grad_weight and grad_bias, where they are needed."""
+    if ctx.sharding is None:
+        return _local_linear_gradients(ctx, grad_output, input, weight)
+    local = partial(_local_linear_gradients, ctx)
+    return shards.linear_gradients(ctx.sharding, grad_output, input, weight, ctx.config, local)
+
+
+def _local_linear_gradients(
+    ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
+) -> shards.Gradients:
+    calls, config, record = _means(ctx, grad_output)
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-    grad_input = grad_weight = None
+    grad_input: Tensor | None = None
+    grad_weight: Tensor | None = None
     flat = _tokens(grad_output)
+    tokens = None if input is None else _tokens(input)
     if need_input and need_weight and ctx.prunes and ctx.sparse_grad_weight:
-        assert input is not None and weight is not None  # saved, because both are needed
-        grad_input, grad_weight = _linear_grads(ctx, grad_output, weight, _tokens(input))
+        grad_input, grad_weight = calls.linear_grads(grad_output, weight, tokens, config, record)
     else:
-        if need_input:
-            assert weight is not None  # likewise
-            grad_input = _linear_grad_input(ctx, grad_output, weight)
-        if need_weight:
-            assert input is not None  # likewise
-            grad_weight = _linear_grad_weight(ctx, flat, _tokens(input))
+        if weight is not None:  # saved, because grad_input is needed
+            grad_input = (
+                calls.linear_grad_input(grad_output, weight, config, record)
+                if ctx.prunes
+                else dense_linear_grad_input(grad_output, weight)
+            )
+        if tokens is not None:  # saved, because grad_weight is needed
+            grad_weight = (
+                calls.linear_grad_weight(flat, tokens, config, record)
+                if ctx.sparse_grad_weight
+                else _dense_grad_weight(ctx, flat, tokens)
+            )
     return grad_input, grad_weight, flat.sum(0) if need_bias else None
 
 
@@ -190,34 +207,9 @@ def _tokens(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _linear_grads(
-    ctx: Any, grad_output: Tensor, weight: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    if _opaque(grad_output):
-        both: tuple[Tensor, Tensor] = ops.linear_grads(grad_output, weight, tokens, *_names(ctx))
-        return both
-    return products.linear_grads(grad_output, weight, tokens, ctx.config, ctx.record)
-
-
-def _linear_grad_input(ctx: Any, grad_output: Tensor, weight: Tensor) -> Tensor:
-    if not ctx.prunes:
-        return dense_linear_grad_input(grad_output, weight)
-    if _opaque(grad_output):
-        compiled: Tensor = ops.linear_grad_input(grad_output, weight, *_names(ctx))
-        return compiled
-    return products.linear_grad_input(grad_output, weight, ctx.config, ctx.record)
-
-
-def _linear_grad_weight(ctx: Any, flat: Tensor, tokens: Tensor) -> Tensor:
-    if ctx.sparse_grad_weight:
-        if _opaque(flat):
-            compiled: Tensor = ops.linear_grad_weight(flat, tokens, *_names(ctx))
-            return compiled
-        return products.linear_grad_weight(flat, tokens, ctx.config, ctx.record)
+def _dense_grad_weight(ctx: Any, flat: Tensor, tokens: Tensor) -> Tensor:
     # The same two products that autograd's own addmm backward chooses between, for equal bits.
-    if ctx.weight_is_row_major:
-        return flat.t().mm(tokens)
-    return tokens.t().mm(flat).t()
+    return flat.t().mm(tokens) if ctx.weight_is_row_major else tokens.t().mm(flat).t()
 
 
 class _Conv2d(Function):
@@ -237,8 +229,7 @@ class _Conv2d(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs[:7]
-        _keep(ctx, bias)
+        input, weight, _, ctx.prunes, ctx.sparse_grad_weight, ctx.config, ctx.record = inputs[:7]
         ctx.geometry = inputs[7:]
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         ctx.input_layout = input.shape, input.stride()
@@ -246,18 +237,20 @@ class _Conv2d(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
-        _begin(grad_output)
         input, weight = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
+        if not torch.is_grad_enabled():
+            return *_conv2d_gradients(ctx, grad_output, input, weight), *[None] * 11
         with torch.no_grad():
-            input_like = _unsaved(ctx, grad_output) if input is None else input
-            if ctx.needs_input_grad[0]:
-                grad_input = _conv2d_grad_input(ctx, grad_output, input_like, weight)
-            grad_weight, grad_bias = _conv2d_grad_parameters(ctx, grad_output, input_like, weight)
-        return _once(ctx, grad_output, grad_input, grad_weight, grad_bias, *[None] * 11)
+            found = _conv2d_gradients(ctx, grad_output, input, weight)
+        return _once(ctx, grad_output, *found, *[None] * 11)
 
 
 class _Conv2dTransformed(_Conv2d):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Conv2d.setup_context(ctx, inputs, output)
+        ctx.bias = inputs[2]  # as for a linear layer
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise SDGPError(_NO_JVP)
@@ -271,81 +264,65 @@ class _Conv2dTransformed(_Conv2d):
         return torch.unflatten(output, 0, images.shape[:2]), 0
 
 
+def _conv2d_gradients(
+    ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor
+) -> shards.Gradients:
+    """Return grad_input, grad_weight and grad_bias, where they are needed."""
+    calls, config, record = _means(ctx, grad_output)
+    conv = ops.geometry_of(ctx.geometry)
+    geometry = conv if calls is products else ctx.geometry
+    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+    like = _unsaved(ctx, grad_output) if input is None else input
+    grad_input: Tensor | None = None
+    if need_input and ctx.prunes:
+        grad_input = calls.conv2d_grad_input(grad_output, weight, like, geometry, config, record)
+    elif need_input:
+        grad_input = dense_conv2d_grad_input(grad_output, weight, like, conv)
+    sparse = need_weight and ctx.sparse_grad_weight
+    # One call for both, as autograd makes it: the bits of the bias gradient depend on it.
+    grad_weight, grad_bias = dense_conv2d_grad_parameters(
+        grad_output, like, weight, conv, (need_weight and not sparse, need_bias)
+    )
+    if sparse:
+        grad_weight = calls.conv2d_grad_weight(grad_output, like, weight, geometry, config, record)
+    return grad_input, grad_weight, grad_bias
+
+
 def _unsaved(ctx: Any, grad_output: Tensor) -> Tensor:
     """Return uninitialised memory in place of an input that a frozen weight left unsaved."""
     shape, stride = ctx.input_layout
     return torch.empty_strided(shape, stride, dtype=grad_output.dtype, device=grad_output.device)
 
 
-def _conv2d_grad_input(ctx: Any, grad_output: Tensor, input_like: Tensor, weight: Tensor) -> Tensor:
-    conv = ops.geometry_of(ctx.geometry)
-    if not ctx.prunes:
-        return dense_conv2d_grad_input(grad_output, weight, input_like, conv)
-    if _opaque(grad_output):
-        compiled: Tensor = ops.conv2d_grad_input(
-            grad_output, weight, input_like, ctx.geometry, *_names(ctx)
-        )
-        return compiled
-    return products.conv2d_grad_input(grad_output, weight, input_like, conv, ctx.config, ctx.record)
+def _means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
+    """Return what computes the products, and configuration and record as that takes them.
 
+    That is ``products``, or the operators, which alone know what is no plain tensor.
 
-def _conv2d_grad_parameters(
-    ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    conv = ops.geometry_of(ctx.geometry)
-    _, need_weight, need_bias = ctx.needs_input_grad[:3]
-    sparse = need_weight and ctx.sparse_grad_weight
-    # One call for both, as autograd makes it: the bits of the bias gradient depend on it.
-    grad_weight, grad_bias = dense_conv2d_grad_parameters(
-        grad_output, input, weight, conv, (need_weight and not sparse, need_bias)
-    )
-    if sparse and _opaque(grad_output):
-        grad_weight = ops.conv2d_grad_weight(grad_output, input, weight, ctx.geometry, *_names(ctx))
-    elif sparse:
-        grad_weight = products.conv2d_grad_weight(
-            grad_output, input, weight, conv, ctx.config, ctx.record
-        )
-    return grad_weight, grad_bias
-
-
-def _keep(ctx: Any, bias: Tensor | None) -> None:
-    """Keep the copy of a bias that autocast made for as long as the graph, as weights' are."""
-    if not torch.compiler.is_compiling():
-        ctx.bias = bias
-
-
-def _opaque(grad_output: Tensor) -> bool:
-    """Whether a product has to go through its operator: only that knows what is no plain tensor."""
-    return (
-        torch.compiler.is_compiling()
-        or type(grad_output) is not Tensor
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _names(ctx: Any) -> tuple[str, int]:
-    """Return configuration and record as an operator takes them."""
-    if isinstance(ctx.config, str):
-        return ctx.config, ctx.record
-    return ctx.config.text, ctx.record.token
-
-
-def _begin(grad_output: Tensor) -> None:
-    """Start a backward pass: raise SDGPError for a batch of gradients, forget cast weights."""
+    Raises:
+        SDGPError: grad_output is a batch of gradients.
+    """
     if torch.compiler.is_compiling():
-        return
-    casting.forget()
-    if _is_batched(grad_output):
+        is_plain = False
+    else:
+        casting.forget()
+        is_plain = type(grad_output) is Tensor and not torch._C._are_functorch_transforms_active()
+        _check_one(grad_output)
+    if is_plain:
+        return products, ctx.config, ctx.record
+    if isinstance(ctx.config, str):  # compiled forward
+        return ops, ctx.config, ctx.record
+    return ops, ctx.config.text, ctx.record.token
+
+
+def _check_one(grad_output: Tensor) -> None:
+    """Raise SDGPError where vmap maps over a gradient, at whatever depth of other transforms."""
+    x = grad_output
+    is_batched = _functorch.is_legacy_batchedtensor(x)
+    while not is_batched and _functorch.is_functorch_wrapped_tensor(x):
+        is_batched, x = _functorch.is_batchedtensor(x), _functorch.get_unwrapped(x)
+    if is_batched:
         raise SDGPError(_NO_BATCHED_GRADIENTS)
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether vmap maps over x, at whatever depth of other transforms."""
-    while _functorch.is_functorch_wrapped_tensor(x):
-        if _functorch.is_batchedtensor(x):
-            return True
-        x = _functorch.get_unwrapped(x)
-    return _functorch.is_legacy_batchedtensor(x)
 
 
 def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:

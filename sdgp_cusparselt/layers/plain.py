@@ -6,12 +6,15 @@ Then second derivatives, ``torch.func``, batched gradients and strides are torch
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPFallbackWarning
 from sdgp_cusparselt.layers import shards
 from sdgp_cusparselt.recording.records import LayerRecord
+
+#: Classes of weights that are nothing but memory.
+ORDINARY = (Tensor, nn.Parameter)
 
 
 def prunes(input: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRecord) -> bool:
@@ -68,7 +71,10 @@ def reason_against_weight(weight: Tensor, config: SDGPConfig) -> str | None:
         if weight.is_complex():
             return "its weight is complex, and pruning is defined for real gradients"
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if (
+        type(weight) not in ORDINARY
+        and type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
         return _reason_against_subclass(weight, config)
     if weight.layout is not torch.strided or weight.ndim < 2:
         layout = f"{weight.ndim}-D" if weight.ndim < 2 else str(weight.layout)
