@@ -193,14 +193,6 @@ def dense_order(x: Tensor) -> Literal["row", "col"] | None:
     return "col" if x.stride() == (1, rows) else None
 
 
-def row_major(x: Tensor) -> Tensor:
-    """Return x where the library can read it row by row, else such a copy.
-
-    torch's allocators align every new tensor to 64 bytes or more.
-    """
-    return x if dense_order(x) == "row" else x.clone(memory_format=torch.contiguous_format)
-
-
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which a CUDA device is the current one; nothing for a CPU."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
