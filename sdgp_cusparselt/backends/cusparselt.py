@@ -1,11 +1,13 @@
 """The cuSPARSELt backend: products of a packed gradient on sparse tensor cores."""
 
-from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Problem
+from sdgp_cusparselt.backends.candidates import offered
+from sdgp_cusparselt.backends.certificates import Certificates
 from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
@@ -13,18 +15,14 @@ from sdgp_cusparselt.backends.plans import (
     STRUCTURED_MULTIPLE,
     PlanCache,
     current_stream,
-    is_capturing,
     on_device,
 )
 from sdgp_cusparselt.backends.reasons import memory_reasons, pattern_reasons, size_reasons
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
-from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
+from sdgp_cusparselt.packing.agreement import packer_fault
 from sdgp_cusparselt.packing.pack import pack_gradient
+from sdgp_cusparselt.packing.proofs import Certificate
 from sdgp_cusparselt.pruning.methods import prune
-
-#: Segment-K (split_k = -1) may hang on sm90 with fewer sparse rows than about 400.
-SEGMENT_K_ROWS = 1024
-HEURISTIC, DATA_PARALLEL, STREAM_K = 3, 4, 6  # SplitKMode, sm100 and later
 
 
 class CusparseLtBackend:
@@ -41,7 +39,7 @@ class CusparseLtBackend:
         self.machine = Machine() if machine is None else machine
         self.plan_limit = plan_limit
         self._plans: PlanCache | None = None
-        self.certificates: dict[Hashable, Certificate] = {}
+        self.certificates = Certificates(self.machine, lambda: self.plans)
 
     @property
     def plans(self) -> PlanCache:
@@ -67,8 +65,8 @@ class CusparseLtBackend:
             k -= k % STRUCTURED_MULTIPLE
         return Gemm(m, n, k, problem.dtype, problem.dense_order or "row", problem.device)
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return every way of running gemm that cannot hang; see ``SparseExecutor``.
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
+        """Return ways of running gemm; see ``SparseExecutor`` and ``offered``.
 
         Raises:
             NotSupportedError: float16 on sm90 failed its self-test, which runs once per machine.
@@ -76,7 +74,7 @@ class CusparseLtBackend:
         reasons = self.float16_reasons(gemm.device) if gemm.dtype == torch.float16 else []
         if reasons:
             raise NotSupportedError(reasons[0])
-        return self.offered(gemm)
+        return self.offered(gemm, safe=safe)
 
     def float16_reasons(self, device: torch.device) -> list[str]:
         """Return why float16 is not used on ``device``; may run a self-test of some seconds."""
@@ -85,19 +83,16 @@ class CusparseLtBackend:
         found = float16_fault(self.machine, device)
         return [] if found is None else [f"float16 failed its self-test on this GPU: {found}"]
 
-    def offered(self, gemm: Gemm) -> list[Candidate]:
-        """Return what ``candidates`` does, without the self-test."""
-        ids = range(self.plans.max_alg_id(gemm))
+    def offered(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
+        """Return what ``candidates`` does, without the self-test.
+
+        Args:
+            gemm: the product.
+            safe: only what cannot hang or end the CUDA context, as far as is known; with False
+                also segment-K and algorithms that nobody was seen to run, for a child process.
+        """
         major = self.machine.capability(gemm.device)[0]
-        if major >= 10:
-            modes = (HEURISTIC, DATA_PARALLEL, STREAM_K)
-            return [Candidate(i, split_k_mode=mode) for i in ids for mode in modes]
-        splits = [1]
-        if major == 9 and gemm.m >= SEGMENT_K_ROWS:
-            splits.append(-1)
-        if major < 9 and gemm.k >= 4 * max(gemm.m, gemm.n):
-            splits += [2, 4]
-        return [Candidate(i, split) for split in splits for i in ids]
+        return offered(gemm, self.plans.max_alg_id(gemm), major, safe=safe)
 
     def machine_key(self, device: torch.device) -> dict[str, str]:
         """Return what a measurement on ``device`` depends on; see ``SparseExecutor``."""
@@ -127,40 +122,29 @@ class CusparseLtBackend:
             uint8 buffer of values and metadata.
         """
         layout = self.certificate(gemm, candidate).layout
-        if layout is None:
+        wanted: dict[str, Any] = {
+            "features": None if transpose else method,
+            "tokens": method if transpose else None,
+            "features_layout": layout,
+            "tokens_layout": layout,
+            "tokens_per_sample": rows_per_sample,
+        }
+        if layout is None or packer_fault(x, **wanted) is not None:
             pruned = _pruned(x, method, transpose, rows_per_sample)
             return self.compress(pruned, gemm, candidate)
-        packed = pack_gradient(
-            x,
-            features=None if transpose else method,
-            tokens=method if transpose else None,
-            features_layout=layout,
-            tokens_layout=layout,
-            tokens_per_sample=rows_per_sample,
-        )
+        packed = pack_gradient(x, **wanted)
         operand = packed.tokens if transpose else packed.features
         if operand is None:
             raise SDGPError("pack: the packing layer left out the operand that was asked for")
         return operand.buffer
 
     def certificate(self, gemm: Gemm, candidate: Candidate) -> Certificate:
-        """Return whether our packing is proven to be the library's for a plan, and in what order.
+        """Return whether our packing is proven for a plan, and in what order.
 
-        The first call for a shape compares the two on the device; under graph capture, where that
-        cannot be done, the library's own Compress is used.
+        ``packer`` of it tells "ours" from "library": two contenders, of which a decision names
+        the one that was timed.
         """
-        planned = self.plans.get(gemm, candidate)
-        key = (planned.rows, gemm.k, gemm.dtype, gemm.device, candidate.alg_id)
-        found = self.certificates.get(key)
-        if found is None:
-            if is_capturing(gemm.device):
-                return Certificate(None, "not proven before the graph was captured")
-            identity = {**self.machine.key(gemm.device), "alg_id": candidate.alg_id, "order": "row"}
-            with on_device(gemm.device):
-                compress = plan_compress(planned.plan)
-                arguments = (planned.rows, gemm.k, gemm.dtype, gemm.device, identity)
-                found = self.certificates[key] = certify(compress, *arguments)
-        return found
+        return self.certificates(gemm, candidate)
 
     def matmul(
         self,
@@ -171,21 +155,8 @@ class CusparseLtBackend:
     ) -> Tensor:
         """Return packed @ dense: [M, K] @ [K, N] -> [M, N]; see ``SparseExecutor``."""
         planned = self.plans.get(gemm, candidate)
-        out = torch.empty((planned.rows, gemm.n), dtype=gemm.dtype, device=gemm.device)
-        size = planned.workspace_size
-        workspace = torch.empty(size, dtype=torch.uint8, device=gemm.device) if size else None
         with on_device(gemm.device):
-            planned.plan.matmul(
-                1.0,
-                packed.data_ptr(),
-                dense.data_ptr(),
-                0.0,
-                out.data_ptr(),
-                out.data_ptr(),
-                0 if workspace is None else workspace.data_ptr(),
-                current_stream(gemm.device),
-            )
-        return out[: gemm.m]
+            return planned.product(packed, dense)[: gemm.m]
 
     def compress(self, pruned: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
         """Return pruned [M, K], which is 2:4, as the library itself packs it for a plan."""
