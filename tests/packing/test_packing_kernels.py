@@ -30,26 +30,63 @@ def run_kernel(
     layout: MetadataLayout,
     directions: str,
     ratio: torch.Tensor | None = None,
-    rows_per_ratio: int = 1,
+    rows_per_ratio: int | None = None,
     poison: int = 0x5A,
+    n: int = 2,
+    in_memory: bool = False,
 ) -> tuple[dict[bool, Packed24], torch.Tensor | None]:
-    """Launch on outputs filled with a byte that packing does not write by chance alone."""
-    wanted = []
-    for transposed in (False, True):
-        if ("tokens" if transposed else "features") in directions or directions == "both":
-            shape = (x.shape[1], x.shape[0]) if transposed else (x.shape[0], x.shape[1])
-            packed = Packed24.empty(shape, x.dtype, layout, device=x.device, transposed=transposed)
-            packed.buffer.fill_(poison)
-            wanted.append(launch.Direction(packed, method, transposed))
-    sums = launch.launch_pack(
-        x,
-        wanted,
-        ratio=ratio,
-        rows_per_ratio=rows_per_ratio,
-        seeds=SEEDS.to(x.device),
+    """Launch on outputs filled with a byte that packing does not write by chance alone.
+
+    ratio: [samples, K] along features, [M] along tokens.
+    """
+    read = launch.aligned(x)
+    ways = {False: directions != "tokens", True: directions != "features"}
+    prepared = launch.prepare_pack(
+        (x.shape[0], x.shape[1]),
+        read.stride(0),
+        x.dtype,
+        x.device,
+        features=method if ways[False] else None,
+        tokens=method if ways[True] else None,
+        features_layout=layout,
+        tokens_layout=layout,
+        n=n,
         column_sums=directions == "both",
+        rows_per_ratio=rows_per_ratio,
+        seeds_in_memory=in_memory,
     )
-    return {direction.transposed: direction.packed for direction in wanted}, sums
+    sizes = {False: prepared.features_nbytes, True: prepared.tokens_nbytes}
+    buffers = {
+        way: torch.full((sizes[way],), poison, dtype=torch.uint8, device=x.device)
+        for way in ways
+    }
+    sums = None
+    if prepared.sums_shape is not None:
+        sums = torch.full(prepared.sums_shape, torch.nan, device=x.device)
+    seeds = SEEDS.to(x.device)
+    # Beyond the width of x the ratio is never used, and is not there.
+    wide = torch.nn.functional.pad(ratio, (0, prepared.width - x.shape[1])) if ratio is not None and ratio.ndim == 2 else None
+    if wide is not None:
+        wide = wide.contiguous()
+    with launch.on_device(x.device):
+        prepared(
+            read.data_ptr(),
+            buffers[False].data_ptr(),
+            buffers[True].data_ptr(),
+            0 if in_memory else int(SEEDS[0]),
+            0 if in_memory else int(SEEDS[1]),
+            launch.current_stream(x.device),
+            seeds=seeds.data_ptr() if in_memory else 0,
+            features_ratio=0 if wide is None else wide.data_ptr(),
+            tokens_ratio=0 if ratio is None or ratio.ndim == 2 else ratio.data_ptr(),
+            sums=0 if sums is None else sums.data_ptr(),
+        )
+    shape = (x.shape[0], x.shape[1])
+    return {
+        way: Packed24(buffers[way], shape[::-1] if way else shape, x.dtype, layout, way)
+        for way in ways
+        if ways[way]
+    }, None if sums is None else sums[:, : x.shape[1]]
 
 
 def expected(
