@@ -56,7 +56,7 @@ ORDER = {
         "backends.selftest",
         "backends.__init__",
         "tuning",
-        "products.announce products.operands products.__init__",
+        "products.announce products.operands products.packers products.__init__",
         "products.routes products.sparse",
         "products.checks products.prepared products.selfcheck products.by_hand",
         "products.dispatch",

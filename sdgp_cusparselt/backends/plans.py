@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import pycusparselt as cslt
@@ -227,6 +228,17 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def current_stream(device: torch.device) -> int:
     """Return the current CUDA stream as an integer; 0 for a CPU."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def device_calls(device: torch.device) -> tuple[int, Callable[[], int], Callable[[], int]]:
+    """Return a device's index, what tells the current one, and what tells its current stream.
+
+    The public functions build objects at every call; these are what they ask.
+    """
+    if device.type != "cuda":
+        return 0, int, int
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch._C._cuda_getDevice, partial(torch._C._cuda_getCurrentRawStream, index)
 
 
 def is_capturing(device: torch.device) -> bool:

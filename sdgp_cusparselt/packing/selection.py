@@ -110,9 +110,7 @@ def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr):
         left = tl.where(is0, FIRST_IS_0, tl.where(is1, FIRST_IS_1, FIRST_IS_2))
         return left | SECOND_IS_3, point < end2, amount
     else:
-        others = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(
-            _larger(a0, a1), _larger(a2, a3)
-        )
+        others = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(_larger(a0, a1), _larger(a2, a3))
         tiny = _float(word * 0 + TINY)
         longest = _larger(others, tiny)
         end0 = _smaller(a0, longest)

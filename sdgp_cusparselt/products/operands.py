@@ -12,6 +12,8 @@ All four have the same methods:
 - ``emulated(config)``: the product of the pruned gradient, its zeros multiplied densely.
 - ``pruned(config)``: that gradient.
 - ``matrices()``: the gradient [M, K], of grad_weight [K, M], and the operand [K, N].
+- ``memory``: names of the two operands that are read, where the matrices lie in their memory.
+- ``result_shape``: the shape as which a product [M, N] is the result, or None.
 - ``finish(product)``: [M, N] in the shape and memory format of the result.
 - ``rival()``: what a sparse product has to beat.
 - ``rows_per_sample``: tokens over which rescaled_magnitude sums.
@@ -44,6 +46,7 @@ class LinearGradInput:
     grad_output: Tensor
     weight: Tensor
     product: ClassVar[Product] = "grad_input"
+    memory: ClassVar = ("grad_output", "weight")
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
@@ -84,6 +87,11 @@ class LinearGradInput:
         """Return [M, K] and [K, N]."""
         return self.grad_output.reshape(-1, self.grad_output.shape[-1]), self.weight
 
+    @property
+    def result_shape(self) -> tuple[int, ...] | None:
+        """What the product can be written as, row by row."""
+        return (*self.grad_output.shape[:-1], self.weight.shape[1])
+
     def finish(self, product: Tensor) -> Tensor:
         """Return [..., N]."""
         return product.view(*self.grad_output.shape[:-1], self.weight.shape[1])
@@ -114,6 +122,7 @@ class LinearGradWeight:
     input: Tensor
     row_major: bool = True
     product: ClassVar[Product] = "grad_weight"
+    memory: ClassVar = ("grad_output", "input")
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
@@ -155,6 +164,11 @@ class LinearGradWeight:
         """Return [K, M] and [K, N]."""
         return self.grad_output, self.input
 
+    @property
+    def result_shape(self) -> tuple[int, ...] | None:
+        """What the product can be written as, row by row."""
+        return (self.grad_output.shape[1], self.input.shape[1])
+
     def finish(self, product: Tensor) -> Tensor:
         """Return [M, N]."""
         return product
@@ -186,6 +200,7 @@ class Conv2dGradInput:
     input_like: Tensor
     conv: ConvGeometry
     product: ClassVar[Product] = "grad_input"
+    memory: ClassVar = ("grad_output", "weight")
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
@@ -229,6 +244,11 @@ class Conv2dGradInput:
         """Return [pixels, out_channels] and, of a 1x1 kernel, [out_channels, in_channels]."""
         return convolution.pixels(self.grad_output), self.weight[:, :, 0, 0]
 
+    @property
+    def result_shape(self) -> tuple[int, ...] | None:
+        """None: pixels have to be put in their places."""
+        return None
+
     def finish(self, product: Tensor) -> Tensor:
         """Return [N, in_channels, H, W]."""
         shapes = self.grad_output.shape, self.input_like.shape
@@ -260,6 +280,7 @@ class Conv2dGradWeight:
     weight: Tensor
     conv: ConvGeometry
     product: ClassVar[Product] = "grad_weight"
+    memory: ClassVar = ("grad_output", "input")
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
@@ -306,6 +327,11 @@ class Conv2dGradWeight:
         """Return [pixels, out_channels] and, of a 1x1 kernel, [pixels, in_channels]."""
         read = convolution.strided_input(self.input, self.grad_output, self.conv)
         return convolution.pixels(self.grad_output), convolution.pixels(read)
+
+    @property
+    def result_shape(self) -> tuple[int, ...] | None:
+        """What the product can be written as, row by row."""
+        return tuple(self.weight.shape)
 
     def finish(self, product: Tensor) -> Tensor:
         """Return [out_channels, in_channels, 1, 1]."""

@@ -117,13 +117,14 @@ def prepare_both(
     if len(lines) < 2 or key in _barred or is_capturing(first.grad_output.device):
         return None
     a, b = lines
-    if a is None or b is None or not SparsePair.can_join(a, b):
+    if a is None or b is None:
         return None
     try:
-        pair = SparsePair(first, a, b)
+        pair = SparsePair.of(second, a, b)
     except REFUSALS:
         return None
-    _keep(calls.both, key, pair)
+    if pair is not None:
+        _keep(calls.both, key, pair)
     return pair
 
 

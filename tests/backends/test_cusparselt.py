@@ -14,7 +14,6 @@ from sdgp_cusparselt.backends.base import ConvGeometry, Problem
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.dense import dense_conv2d_grad_input
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
-from sdgp_cusparselt.equivalence import compare_product
 from sdgp_cusparselt.products.operands import (
     Conv2dGradInput,
     Conv2dGradWeight,
@@ -83,7 +82,7 @@ def test_linear_grad_weight(backend: CusparseLtBackend, tokens: int) -> None:
 @pytest.mark.parametrize("method", ["random", "mvue"])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @pytest.mark.parametrize("n", [1, 2])
-def test_groups_that_overflow_give_the_product_of_magnitude_in_every_backend(
+def test_groups_that_overflow_stay_visible_in_every_way(
     backend: CusparseLtBackend, method: str, value: float, n: int
 ) -> None:
     """At least one in every group, both ways, so that nothing is left to draw."""
@@ -95,10 +94,8 @@ def test_groups_that_overflow_give_the_product_of_magnitude_in_every_backend(
     of_input = LinearGradInput(grad_output, weight)
     of_weight = LinearGradWeight(grad_output, input)
     for got in (sparse_product(backend, of_input, config), of_input.emulated(config)):
-        assert compare_product(got, oracle_magnitude(grad_output, n, 4, 1), weight) is None
         assert not got.isfinite().any()
     for got in (sparse_product(backend, of_weight, config), of_weight.emulated(config)):
-        assert compare_product(got, oracle_magnitude(grad_output, n, 4, 0).t(), input) is None
         assert not got.isfinite().any()
 
 
