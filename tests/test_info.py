@@ -12,6 +12,8 @@ import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.commands import info, parser
+from sdgp_cusparselt.products.operands import LinearGradInput
+from sdgp_cusparselt.products.sparse import sparse_product
 from tests.emulator.build import build
 from tests.emulator.control import Emulator
 
@@ -75,7 +77,8 @@ def test_learned_layouts_are_listed(
     capsys: pytest.CaptureFixture[str], emulated_backend: CusparseLtBackend
 ) -> None:
     grad_output, weight = torch.randn(256, 64).bfloat16(), torch.randn(64, 32).bfloat16()
-    emulated_backend.linear_grad_input(grad_output, weight, sdgp.SDGPConfig(prune="magnitude"))
+    operands = LinearGradInput(grad_output, weight)
+    sparse_product(emulated_backend, operands, sdgp.SDGPConfig(prune="magnitude"))
     assert parser.main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     (line,) = [value for key, value in report.items() if key.startswith("layout: ")]

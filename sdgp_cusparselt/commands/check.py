@@ -1,4 +1,4 @@
-"""``sdgp check``: does every backend of this machine compute what float64 says?"""
+"""``sdgp check``: does every way on this machine compute what float64 says?"""
 
 import argparse
 import json
@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdgp_cusparselt.products import dispatch
-from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, Outcome, check
+from sdgp_cusparselt.backends.plans import on_device
+from sdgp_cusparselt.products import routes
+from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, WAYS, Outcome, check
 from sdgp_cusparselt.versions import versions
 
 MISMATCH, CANNOT = 1, 2
@@ -35,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         print(f"sdgp check: device {args.device!r} cannot be used: {error}", file=sys.stderr)
         return CANNOT
-    unavailable = {s.name: s.reason for s in dispatch.backend_status() if not s.available}
-    with _full_precision():
+    reasons = routes.LIBRARY.machine_reasons(device)
+    unavailable = {"sparse": "; ".join(reasons)} if reasons else {}
+    with _full_precision(), on_device(device):
         outcomes = [
-            check(backend, case, dtype, device, args.seed)
-            for backend in dispatch.BACKENDS
-            if backend.name not in unavailable
+            check(way, case, dtype, device, args.seed)
+            for way in WAYS
+            if way not in unavailable
             for case in CASES
             for dtype in DTYPES
         ]
@@ -68,11 +70,11 @@ def _document(
 
 def _print(outcomes: Sequence[Outcome], unavailable: Mapping[str, str], wrong: int) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("backend", "product", "case", "dtype", "device", "result"):
+    for column in ("way", "product", "case", "dtype", "device", "result"):
         table.add_column(column, overflow="fold")
     for o in outcomes:
         result = f"{o.status}: {o.detail}" if o.detail else o.status
-        table.add_row(o.backend, o.product, o.case, o.dtype, o.device, result)
+        table.add_row(o.way, o.product, o.case, o.dtype, o.device, result)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)

@@ -122,6 +122,11 @@ def is_sampling() -> bool:
     return _local.sink is not None
 
 
+def is_traced() -> bool:
+    """Whether spans of this thread do anything."""
+    return _local.sink is not None or (nvtx_enabled() if _nvtx is None else _nvtx)
+
+
 def span(part: str, device: torch.device) -> AbstractContextManager[Any]:
     """Return a context that times its body where this thread samples, and names it for NVTX.
 

@@ -124,7 +124,7 @@ def test_convert_train_and_revert(name: str) -> None:
         assert torch.isfinite(loss)
     for fqn in report.converted:
         layer = model.get_submodule(fqn)
-        assert layer.sdgp_record.calls["grad_input", "dense"] == 2, fqn
+        assert layer.sdgp_record.calls["grad_input", "emulated"] == 2, fqn
         assert layer.weight.grad is not None
 
     sdgp.revert_(model)
