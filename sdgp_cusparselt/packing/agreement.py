@@ -100,7 +100,7 @@ def _operand(shape: tuple[int, int], methods: tuple[str | None, str | None], x: 
     generator = torch.Generator(x.device).manual_seed(1)
     rows, cols = shape
     if methods == ("none", "none"):
-        made = few_integers(rows, cols, 1.0, x.dtype, x.device, generator)
+        made = few_integers(rows, cols, x.dtype, x.device, generator)
         index = torch.arange(max(shape), device=x.device) % 4 < 2
         return made * index[:rows, None] * index[None, :cols]
     if methods[0] == "none":

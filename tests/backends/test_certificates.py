@@ -11,6 +11,7 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.errors import CusparseLtError
 from sdgp_cusparselt.packing import certify, trials
+from sdgp_cusparselt.tuning import proof
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product, oracle_magnitude
 
@@ -189,6 +190,18 @@ def test_proofs_widen_one_block_at_a_time(
         found = backend.certificate(Gemm(rows, n, cols, BF16, "row", CPU), Candidate(0))
     assert found.proven and (found.probes > 0) == (layout == "random")
     assert 0 < widest.elements <= allowed < rows * cols
+
+
+@pytest.mark.parametrize("method, transpose", [("magnitude", False), ("mvue", True)])
+def test_trials_widen_one_block_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, method: str, transpose: bool
+) -> None:
+    """As proofs do; only the rows of a result that are compared are float32."""
+    monkeypatch.setattr(trials, "BLOCK", 1 << 12)
+    gemm = Gemm(512, 512, 512, BF16, "col", CPU)
+    with Widest() as widest:
+        made = list(proof.trials(gemm, method=method, transpose=transpose, seed=3))
+    assert len(made) == 3 and 0 < widest.elements <= 256 * 512 < 512 * 512
 
 
 @pytest.mark.parametrize("value", [-1, 1])
