@@ -186,10 +186,15 @@ def test_proofs_widen_one_block_at_a_time(
     rows, cols, n = 512, 512, 128
     # Tables of the learned order are int32, one per group and one per nibble.
     allowed = max(4 * trials.BLOCK, 2 * rows * cols // 4)
+    sizes, real = [], trials.prune
+    monkeypatch.setattr(
+        trials, "prune", lambda x, **how: (sizes.append(x.numel()), real(x, **how))[1]
+    )
     with Widest() as widest:
         found = backend.certificate(Gemm(rows, n, cols, BF16, "row", CPU), Candidate(0))
     assert found.proven and (found.probes > 0) == (layout == "random")
     assert 0 < widest.elements <= allowed < rows * cols
+    assert 0 < max(sizes) <= trials.BLOCK  # pruning in plain torch may widen
 
 
 @pytest.mark.parametrize("method, transpose", [("magnitude", False), ("mvue", True)])
