@@ -198,7 +198,7 @@ def _distinct(
     found: list[MetadataLayout] = []
     for candidate in candidates:
         for layout in candidate.fitted(rows, cols, nbytes)[:1]:
-            if not any(layout.same_places(other, rows, cols) for other in found):
+            if not any(layout.reads_as(other, rows, cols) for other in found):
                 found.append(layout)
     return found
 

@@ -1,5 +1,7 @@
 """Which packer feeds a plan, and that the plan is what was asked for, against the emulator."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.errors import CusparseLtError
 from sdgp_cusparselt.packing import certify, trials
+from sdgp_cusparselt.products import dispatch
 from sdgp_cusparselt.tuning import proof
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product, oracle_magnitude
@@ -278,3 +281,24 @@ def test_what_is_offered_in_this_process_and_in_one_that_may_hang(
 def test_a_long_reduction_is_split_on_sm8x(backend: CusparseLtBackend) -> None:
     offered = backend.offered(Gemm(64, 32, 256, BF16, "row", CPU))
     assert {c.split_k for c in offered} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("lies", ["aligned", "misaligned", "with gaps"])
+def test_a_weight_that_would_be_copied_for_every_product_takes_no_plan(
+    backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, lies: str
+) -> None:
+    monkeypatch.setattr(dispatch, "BACKENDS", [backend, dispatch.BACKENDS[-1]])
+    weight = torch.randn(32, 48).bfloat16().t()
+    if lies == "misaligned":
+        weight = misaligned(weight)
+    if lies == "with gaps":
+        weight = torch.randn(48, 64).bfloat16()[:, ::2]
+    input = torch.randn(64, 32).bfloat16().requires_grad_()
+    grad_output = torch.randn(64, 48).bfloat16()
+    config = CONFIG.replace(tune="never")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sdgp.SDGPFallbackWarning)
+        sdgp.functional.linear(input, weight, config=config).backward(grad_output)
+    assert (emulator.calls("cusparseLtMatmul") > 0) == (lies == "aligned")
+    if lies == "aligned":
+        assert_product(input.grad, oracle_magnitude(grad_output, 2, 4, 1), weight)

@@ -138,7 +138,7 @@ ORDERINGS = {
 
 
 @pytest.mark.parametrize("ordering", ORDERINGS)
-@pytest.mark.parametrize("full_sizes", [False, True])
+@pytest.mark.parametrize("full_sizes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_one_of_204_shapes_is_proven_whatever_came_before(
     emulator: Emulator,
     planner: Planner,
