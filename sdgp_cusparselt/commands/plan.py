@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from sdgp_cusparselt.cards.gpus import GPUS
 from sdgp_cusparselt.planner.gemms import trace_step
-from sdgp_cusparselt.planner.gpus import GPUS
 from sdgp_cusparselt.planner.models import PRESETS, load
 from sdgp_cusparselt.planner.report import as_json, render
 from sdgp_cusparselt.planner.results import (

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdgp_cusparselt.cards.efficiency import Curve, Efficiency
+from sdgp_cusparselt.cards.gpus import GPU, gpu_of
+from sdgp_cusparselt.cards.times import BYTES, PACKED_BYTES
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.planner.efficiency import Curve, Efficiency
 from sdgp_cusparselt.planner.gemms import Gemm
-from sdgp_cusparselt.planner.gpus import GPU, gpu_of
-from sdgp_cusparselt.planner.roofline import BYTES, PACKED_BYTES, gemm_time
+from sdgp_cusparselt.planner.roofline import gemm_time
 
 PARTS = ("dense_gemm", "sparse_gemm", "pack")
 

@@ -50,6 +50,12 @@ def test_a_rank_that_fails_to_tune_does_not_hang_the_others(found: dict[str, Any
     assert found["rank 0 failed"] and found["rank 0 holds the turn"]
     assert found["after a failure"] == "sparse", "rank 1 tuned in its stead"
     assert found["rank 0 reads"] == "sparse", "and rank 0 read what it found"
+
+
+def test_one_rank_tunes_each_product_and_the_other_reads_it(found: dict[str, Any]) -> None:
+    (first, uses), (second, others) = found["searches and uses"]
+    assert uses == others == ["sparse"] * 8
+    assert first + second == 8, "each product is searched for once"
     use, transient, reason = found["while stuck"]
     assert (use, transient) == ("dense", True), reason
 

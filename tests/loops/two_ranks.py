@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +35,7 @@ STEPS = 3
 class FailingExecutor(FakeExecutor):
     """Dies of something that no tuning expects, once the other rank knows that it tunes."""
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
         dist.barrier()
         raise RuntimeError("this rank's GPU fell off the bus")
 
@@ -85,11 +86,13 @@ def examples(found: dict[str, Any]) -> None:
     found["losses"] = losses
 
 
-def decide(cache: TuningCache, executor: FakeExecutor) -> Decision:
+def decide(
+    cache: TuningCache, executor: FakeExecutor, gemm: Gemm = GEMM, tune: str = "first_use"
+) -> Decision:
     return decision_for(
-        GEMM,
+        gemm,
         executor,
-        sdgp.SDGPConfig(prune="magnitude", tune="first_use"),
+        sdgp.SDGPConfig(prune="magnitude", tune=tune),
         method="magnitude",
         transpose=False,
         capturing=False,
@@ -112,7 +115,7 @@ def failing_tuner(found: dict[str, Any], folder: Path) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         found["rank 0 failed"] = failed
-        found["rank 0 reads"] = decide(TuningCache(folder / "failing"), FailingExecutor()).use
+        found["rank 0 reads"] = decide(TuningCache(folder / "failing"), FailingExecutor("good")).use
 
 
 def stuck_tuner(found: dict[str, Any], folder: Path) -> None:
@@ -128,6 +131,17 @@ def stuck_tuner(found: dict[str, Any], folder: Path) -> None:
         decision = decide(cache, executor)
         found["while stuck"] = [decision.use, decision.transient, decision.reason]
         dist.barrier()
+
+
+def one_rank_decides(found: dict[str, Any], folder: Path) -> None:
+    """Both ranks meet the same products at the same time, as data parallel ones do."""
+    cache, executor = TuningCache(folder / "auto"), FakeExecutor("good")
+    widths = range(16, 80, 8)
+    dist.barrier()
+    uses = [decide(cache, executor, replace(GEMM, n=n), "auto").use for n in widths]
+    searched: list[Any] = [None, None]
+    dist.all_gather_object(searched, (executor.calls["candidates"], uses))
+    found["searches and uses"] = searched
 
 
 def block() -> nn.Sequential:
@@ -190,6 +204,7 @@ def main() -> None:
     examples(found)
     failing_tuner(found, target.parent)
     stuck_tuner(found, target.parent)
+    one_rank_decides(found, target.parent)
     order(found)
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, found)
