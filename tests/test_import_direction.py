@@ -27,6 +27,8 @@ ORDER = {
         "config.__init__",
         "recording.spans recording.__init__",
         "recording.records",
+        "pruning.bits pruning.scratch pruning.sums",
+        "pruning.plain pruning.fours",
         "pruning.cpu",
         "pruning.methods",
         "pruning.__init__",

@@ -19,7 +19,7 @@ from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.nibbles import arrange
 from sdgp_cusparselt.packing.packed import BITS, Packed24
 from sdgp_cusparselt.packing.sampling import mvue_bits, random_subsets
-from sdgp_cusparselt.pruning.methods import overflows
+from sdgp_cusparselt.pruning.bits import overflows
 
 # Elements per chunk: large enough to hide torch's cost per call, small enough for a core's cache.
 _CHUNK = 1 << 19
