@@ -16,7 +16,8 @@ from sdgp_cusparselt.errors import (
     SDGPError,
     SDGPFallbackWarning,
 )
-from sdgp_cusparselt.layers.convert import ConversionReport, convert_, revert_, set_enabled_
+from sdgp_cusparselt.layers.convert import convert_, revert_, set_enabled_
+from sdgp_cusparselt.layers.report import ConversionReport
 from sdgp_cusparselt.layers.stepping import load_schedule_state, schedule_state, step, step_with
 from sdgp_cusparselt.packing import MetadataLayout, Packed24
 from sdgp_cusparselt.products.by_hand import library_layout, matmul, pack

@@ -1,12 +1,9 @@
 """convert_, revert_ and set_enabled_: whole models in place, with a report."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +16,9 @@ from sdgp_cusparselt.layers.modules import (
     release_,
     sdgp_class_of,
 )
+from sdgp_cusparselt.layers.presets import Preset, configs_of
+from sdgp_cusparselt.layers.report import ConversionReport, grouped
+from sdgp_cusparselt.layers.unsuitable import adapters, output_layers, why_other_kind
 
 FilterFn = Callable[[nn.Module, str], bool]
 #: One configuration for all layers, or name pattern -> configuration; None leaves layers dense.
@@ -30,49 +30,12 @@ HEAD_NAMES = ("head", "fc", "classifier", "lm_head", "score")
 STEM_CHANNELS = 3
 
 
-@dataclass
-class ConversionReport:
-    """What ``convert_`` did; printing it gives a table.
-
-    Attributes:
-        converted: fully qualified names of the converted layers, in model order.
-        skipped: name -> reason, for every linear or convolution that stayed dense.
-        config: the configuration that the converted layers share; None if patterns gave several.
-        configs: converted layer -> its configuration.
-    """
-
-    config: SDGPConfig | None
-    converted: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    configs: dict[str, SDGPConfig] = field(default_factory=dict)
-    _kinds: dict[str, str] = field(default_factory=dict, repr=False)
-
-    def __str__(self) -> str:
-        """Return the table, 100 columns wide."""
-        count = f"{len(self.converted)} converted, {len(self.skipped)} dense"
-        what = "by name" if self.config is None else self.config.describe()
-        title = f"SDGP {what}: {count}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in ("layer", "kind", "backward"):
-            table.add_column(column, overflow="fold")
-        for name, kind in self._kinds.items():
-            table.add_row(name or "(root)", kind, self._backward(name))
-        console = Console(width=100, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
-
-    def _backward(self, name: str) -> str:
-        if name in self.skipped:
-            return f"dense: {self.skipped[name]}"
-        return "pruned" if self.config is not None else self.configs[name].describe()
-
-
 def convert_(
     model: nn.Module,
     config: Configs | None = None,
     filter_fn: FilterFn | None = None,
     *,
+    preset: Preset = "all",
     include_heads: bool = False,
 ) -> ConversionReport:
     """Give every suitable linear and convolution of a model a pruned backward, in place.
@@ -88,15 +51,19 @@ def convert_(
         filter_fn: (module, fully qualified name) -> whether to convert it. Given, it alone decides
             among the layers that can be converted; without it layers that read images, heads and
             layers whose output is no multiple of m stay dense.
-        include_heads: convert also layers named head, fc, classifier, lm_head or score.
+        preset: which layers of a transformer: "all", "readers" of the residual stream (grad_input
+            of qkv, up, gate), or "balanced" (readers, and grad_weight of every layer by mvue).
+            Layers are known by their names; needs one configuration for all.
+        include_heads: convert also layers named head, fc, classifier, lm_head or score, and what
+            ``get_output_embeddings`` returns.
 
     Returns:
         What was converted, and why the rest was not.
 
     Raises:
         TypeError: model is no module, config no SDGPConfig, or filter_fn not callable.
-        ValueError: a layer is converted already, or nothing matched the filter or one of the
-            patterns. The model is then unchanged.
+        ValueError: a layer is converted already, nothing matched the filter or one of the patterns,
+            or the preset finds no layer that reads a residual stream. The model is then unchanged.
 
     Note:
         A model inside ``torch.compile`` or DistributedDataParallel is converted inside its wrapper,
@@ -105,9 +72,10 @@ def convert_(
     config = SDGPConfig() if config is None else config
     _check_arguments(model, config, filter_fn)
     report = ConversionReport(config if isinstance(config, SDGPConfig) else None)
-    patterns = {"*": config} if isinstance(config, SDGPConfig) else config
+    patterns, left_out = _patterns(model, config, preset)
     unused = set(patterns)
     chosen: list[tuple[str, nn.Module, SDGPConfig]] = []
+    heads, narrow = output_layers(unwrapped(model)), adapters(unwrapped(model))
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, SDGPModule):
             fix = "Call sdgp.revert_(model) first, or convert only the new part."
@@ -115,12 +83,13 @@ def convert_(
             raise value_error("convert_", "model", "unconverted", got, fix)
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         own = patterns[matching[0]] if matching else None
-        reason = _reason_against(module, name, own, filter_fn, include_heads)
+        makes_outputs = not include_heads and (is_head(name) or module in heads)
+        reason = _reason_against(module, name, own, filter_fn, makes_outputs, module in narrow)
         if reason != "":
-            report._kinds[name] = type(module).__name__
+            report.kinds[name] = type(module).__name__
             unused.difference_update(matching)
         if reason:
-            report.skipped[name] = reason
+            report.skipped[name] = left_out.get(name, reason)
         elif reason is None and own is not None:
             chosen.append((name, module, own))
     _check_matches(report, len(chosen), unused)
@@ -129,6 +98,18 @@ def convert_(
         report.converted.append(name)
         report.configs[name] = own
     return report
+
+
+def _patterns(
+    model: nn.Module, config: Configs, preset: Preset
+) -> tuple[Mapping[str, SDGPConfig | None], dict[str, str]]:
+    """Return name pattern -> configuration, and what a preset says of the layers it leaves out."""
+    if isinstance(config, SDGPConfig):
+        return configs_of(unwrapped(model), preset, config)
+    if preset != "all":
+        fix = "A preset chooses the layers itself."
+        raise value_error("convert_", "config", "one SDGPConfig with a preset", "patterns", fix)
+    return config, {}
 
 
 def revert_(model: nn.Module) -> list[str]:
@@ -240,7 +221,8 @@ def _reason_against(
     name: str,
     config: SDGPConfig | None,
     filter_fn: FilterFn | None,
-    include_heads: bool,
+    makes_outputs: bool,
+    is_adapter: bool,
 ) -> str | None:
     """Return None to convert, "" for a module that is none of our kinds, else why not."""
     if sdgp_class_of(module) is None:
@@ -249,8 +231,10 @@ def _reason_against(
         return "left dense by its name"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "left out by filter_fn"
-    if not include_heads and is_head(name):
-        return "makes the model's outputs by its name; include_heads=True converts it"
+    if is_adapter:
+        return "an adapter, as narrow as its rank: nothing to gain"
+    if makes_outputs:
+        return "makes the model's outputs; include_heads=True converts it"
     reads, reduced = _channels(module)
     if reads <= STEM_CHANNELS:
         return f"reads {reads} channels, so it stands at the input and needs no grad_input"
@@ -263,7 +247,9 @@ def _why_not_convertible(module: nn.Module) -> str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"
     if not isinstance(module, nn.Linear | nn.Conv2d):
-        return ""
+        return why_other_kind(module)
+    if type(module).__module__.startswith("bitsandbytes."):
+        return f"{type(module).__name__} holds its weight quantized"
     if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
         return "fully_shard changed its class: convert first, or shard only the block around it"
     return f"{type(module).__name__} is a subclass and may compute something else"
@@ -292,12 +278,14 @@ def _channels(module: nn.Module) -> tuple[int, int]:
 
 def _check_matches(report: ConversionReport, chosen: int, unused: set[str]) -> None:
     """Raise unless some layer is converted and every pattern named one."""
-    seen = "; ".join(f"{name or '(root)'}: {why}" for name, why in report.skipped.items())
     if not chosen:
+        groups = grouped(report.skipped, lambda name: ("", report.skipped[name]))
+        seen = "; ".join(f"{group.title}: {group.backward}" for group in groups)
         got = f"one that matched none of: {seen}" if seen else "a model without such layers"
         fix = "Widen filter_fn, or pass a model with nn.Linear, nn.Conv2d or Conv1D layers."
         raise value_error("convert_", "filter_fn", "a filter that matches a layer", got, fix)
     if unused:
         got = ", ".join(repr(pattern) for pattern in sorted(unused))
-        fix = f"The layers are {', '.join(repr(name) for name in report._kinds)}."
+        names = ", ".join(repr(group.pattern) for group in grouped(report.kinds))
+        fix = f"The layers are {names}."
         raise value_error("convert_", "config", "patterns that each match a layer", got, fix)

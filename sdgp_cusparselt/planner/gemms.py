@@ -9,7 +9,7 @@ pass, whose shapes follow from the forward ones; which of them run follows from 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.layers.convert import is_head
 from sdgp_cusparselt.layers.modules import SDGPConv1D, SDGPLinear, sdgp_class_of
+from sdgp_cusparselt.layers.unsuitable import output_layers
 
 aten = torch.ops.aten
 #: Row and column multiples that cuSPARSELt asks of 16-bit operands (the pack pads the rows).
@@ -105,7 +106,7 @@ def trace_step(
     Raises:
         NotSupportedError: an op that multiplies matrices is not known to the planner.
     """
-    recorder = _Recorder(exclude, include_heads)
+    recorder = _Recorder(exclude, include_heads, output_layers(model))
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     with torch.enable_grad(), _names(model, recorder), recorder, _AttentionMarker(recorder):
         model(*args, **kwargs)
@@ -153,10 +154,11 @@ class _AttentionMarker(TorchFunctionMode):
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every aten op below autograd, where composite ops are already taken apart."""
 
-    def __init__(self, exclude: Sequence[str], include_heads: bool) -> None:
+    def __init__(self, exclude: Sequence[str], include_heads: bool, heads: Set[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.exclude = exclude
         self.include_heads = include_heads
+        self.heads = heads
         self.stack: list[tuple[str, nn.Module]] = []
         self.attention = 0
         self.gemms: list[Gemm] = []
@@ -230,7 +232,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         module = self.stack[-1][1] if self.stack else None
         if module is None or sdgp_class_of(module) is None:
             return f"{type(module).__name__} is not a layer that SDGP converts"
-        if is_head(self.fqn) and not self.include_heads:
+        if (is_head(self.fqn) or module in self.heads) and not self.include_heads:
             return "a head, dense by default"
         pattern = next((p for p in self.exclude if fnmatch(self.fqn, p)), None)
         if pattern:

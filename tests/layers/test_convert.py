@@ -36,7 +36,7 @@ def test_the_default_filter_and_its_reasons() -> None:
     assert "reduces over 30 outputs, no multiple of m = 4" in report.skipped["2"]
     assert "reduces over 1 outputs" in report.skipped["4"]
     table = str(report)
-    for word in ("3 converted, 3 dense", "SDGP mvue 2:4", "Conv2d", "pruned", "reads 3"):
+    for word in ("3 converted, 3 plain", "SDGP mvue 2:4", "Conv2d", "pruned", "reads 3"):
         assert word in table
 
 

@@ -72,8 +72,8 @@ def test_a_shipped_recipe_builds_its_model(name: str, tmp_path: Path) -> None:
         sizes = {layers[fqn].kernel_size for fqn in report.converted}
         assert sizes == ({(1, 1), (3, 3)})
     text = " ".join(str(report).split())
-    assert f"{len(report.converted)} converted, {len(report.skipped)} dense" in text
-    assert ("dense: reads 3 channels" in text) == bool(stems)
+    assert f"{len(report.converted)} converted, {len(report.skipped)} plain" in text
+    assert ("plain: reads 3 channels" in text) == bool(stems)
 
 
 def test_regnet_of_the_regnet_paper(tmp_path: Path) -> None:
