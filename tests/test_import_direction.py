@@ -48,6 +48,8 @@ ORDER = {
         "packing.__init__",
         "backends.gemm",
         "backends.base",
+        "backends.emulation",
+        "backends.blocks",
         "backends.dense",
         "backends.plans backends.machine",
         "backends.candidates backends.certificates backends.convolution backends.float16",
