@@ -39,7 +39,7 @@ def takes(groups: Tensor, at: int, method: str, n: int) -> bool:
 def _eager() -> bool:
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or is_in_torch_dispatch_mode()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

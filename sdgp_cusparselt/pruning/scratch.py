@@ -34,7 +34,7 @@ def kept(key: Hashable, make: Callable[[], T]) -> T:
     if found is not None:
         _local.kept.move_to_end(key)
         return found
-    with torch.inference_mode(False), _disable_current_modes(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with torch.inference_mode(False), _disable_current_modes(), torch.no_grad():
         found = _local.kept[key] = make()
     while len(_local.kept) > LIMIT:
         _local.kept.popitem(last=False)
