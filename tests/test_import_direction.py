@@ -31,6 +31,7 @@ ORDER = {
         "pruning.plain pruning.fours",
         "pruning.cpu",
         "pruning.methods",
+        "pruning.compiled",
         "pruning.__init__",
         "packing.layout",
         "packing.nibbles packing.drawing",

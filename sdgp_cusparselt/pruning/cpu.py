@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from sdgp_cusparselt.pruning import fours
+from sdgp_cusparselt.pruning import fours, plain
 from sdgp_cusparselt.pruning.bits import BITS
 
+#: Elements at a time of what has no way of its own: its temporaries are some bytes an element each.
+PLAIN_ELEMENTS = 1 << 14
 _DRAWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _RANKED_DTYPES = (*_DRAWN_DTYPES, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -26,22 +28,39 @@ def takes(groups: Tensor, at: int, method: str, n: int) -> bool:
     """
     dtypes = _RANKED_DTYPES if method == "magnitude" else _DRAWN_DTYPES
     return (
-        type(groups) in (Tensor, torch.nn.Parameter)
-        and groups.device.type == "cpu"
-        and groups.dtype in dtypes
+        groups.dtype in dtypes
         and groups.shape[at] == 4
         and (method != "mvue" or n < 3)
         and groups.is_contiguous()
-        and _eager()
+        and _eager(groups)
     )
 
 
-def _eager() -> bool:
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+def prune_plainly(
+    groups: Tensor, at: int, method: str, n: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return ``plain.prune_groups``; on a CPU a block at a time, so that temporaries stay small."""
+    if not (_eager(groups) and groups.is_contiguous() and groups.numel() > PLAIN_ELEMENTS):
+        return plain.prune_groups(groups, at, method, n, generator)
+    m, inner = groups.shape[at], math.prod(groups.shape[at + 1 :])
+    out = torch.empty_like(groups)
+    pairs = _blocks(groups.view(-1, m, inner), out.view(-1, m, inner), PLAIN_ELEMENTS // m)
+    for block, into in pairs:
+        into.copy_(plain.prune_groups(block, 1, method, n, generator))
+    return out
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether x is a plain tensor on a CPU, and nothing watches what is done with it."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not (
+            torch.compiler.is_compiling()
+            or torch._C._is_tracing()
+            or is_in_torch_dispatch_mode()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        )
     )
 
 
@@ -63,15 +82,15 @@ def prune_fours(
     out = torch.empty_like(groups)
     inner = math.prod(groups.shape[at + 1 :])
     prune_block = {"magnitude": _magnitude, "random": _random, "mvue": _mvue}[method]
-    for block, into in _blocks(groups.view(-1, 4, inner), out.view(-1, 4, inner)):
+    for block, into in _blocks(groups.view(-1, 4, inner), out.view(-1, 4, inner), fours.CHUNK):
         prune_block(block.transpose(0, 1), into.transpose(0, 1), n, generator)
     return out
 
 
-def _blocks(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield [some, 4, some] of both, at most CHUNK groups each."""
+def _blocks(x: Tensor, out: Tensor, groups: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield [some, m, some] of both, at most so many groups each."""
     outer, _, inner = x.shape
-    rows, columns = max(1, fours.CHUNK // inner), min(inner, fours.CHUNK)
+    rows, columns = max(1, groups // inner), min(inner, groups)
     for row in range(0, outer, rows):
         for column in range(0, inner, columns):
             at = (slice(row, row + rows), slice(None), slice(column, column + columns))

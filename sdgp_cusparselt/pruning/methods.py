@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.config.patterns import check_pattern, checked_int
 from sdgp_cusparselt.errors import type_error, value_error
-from sdgp_cusparselt.pruning import cpu, plain
+from sdgp_cusparselt.pruning import cpu
 from sdgp_cusparselt.pruning.bits import BITS, FLOAT_DTYPES
 from sdgp_cusparselt.pruning.sums import magnitude_sums, rescale_ratio, scaled
 
@@ -134,7 +134,7 @@ def _prune_groups(
 ) -> Tensor:
     if cpu.takes(groups, at, method, n):
         return cpu.prune_fours(groups, at, method, n, generator)
-    return plain.prune_groups(groups, at, method, n, generator)
+    return cpu.prune_plainly(groups, at, method, n, generator)
 
 
 def _rescaled(x: Tensor, n: int, m: int, dim: int, scale_dims: list[int]) -> Tensor:

@@ -4,6 +4,7 @@ Everything here is deterministic on every device: sums and running sums are of i
 """
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,23 @@ def _largest_of_four(keys: Tensor, at: int, n: int) -> Tensor:
 
 
 def _top(keys: Tensor, at: int, n: int) -> Tensor:
-    """Return the mask of the n largest along ``at``: above the n-th value, then the first ties."""
+    """Return the mask of the n largest along ``at``; on a tie the lowest index wins."""
+    if torch.compiler.is_compiling():
+        return _rank(keys, at) < n
     threshold = keys.topk(n, dim=at, sorted=False).values.amin(at, keepdim=True)
     above, tied = keys > threshold, keys == threshold
     room = n - above.sum(at, keepdim=True)
     return above | (tied & (tied.cumsum(at) <= room))
+
+
+def _rank(keys: Tensor, at: int) -> Tensor:
+    """Return how many others go before each key: m comparisons each, but one pass if compiled."""
+    mine, other = keys.unsqueeze(at + 1), keys.unsqueeze(at)
+    place = torch.arange(keys.shape[at], device=keys.device)
+    earlier = (place[None, :] < place[:, None]).view(
+        -1, keys.shape[at], *[1] * (keys.ndim - at - 1)
+    )
+    return ((other > mine) | ((other == mine) & earlier)).sum(at + 1)
 
 
 def _random_mask(groups: Tensor, at: int, n: int, generator: torch.Generator | None) -> Tensor:
@@ -73,14 +86,19 @@ def _random_mask(groups: Tensor, at: int, n: int, generator: torch.Generator | N
     if shape[at] == 4:
         codes, count = SUBSETS[n]
         del shape[at]
-        pick = torch.randint(count, shape, device=groups.device, generator=generator)
+        pick = torch.randint(count, shape, device=groups.device, **_source(generator))
         code = codes >> (4 * pick) & 15
         drawn = torch.stack([(code >> i & 1).bool() for i in range(4)], at)
         return torch.where(overflow, _largest_of_four(size, at, n), drawn)
     keys = torch.randint(
-        2**31 - 1, shape, dtype=torch.int32, device=groups.device, generator=generator
+        2**31 - 1, shape, dtype=torch.int32, device=groups.device, **_source(generator)
     )
     return _top(torch.where(overflow, size, keys), at, n)
+
+
+def _source(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return the keyword of a generator; none for torch's own, which alone can be compiled."""
+    return {} if generator is None else {"generator": generator}
 
 
 def _mvue(groups: Tensor, at: int, n: int, generator: torch.Generator | None) -> Tensor:
@@ -103,11 +121,13 @@ def _mvue(groups: Tensor, at: int, n: int, generator: torch.Generator | None) ->
     sure = _sure(size, at, n)
     rest = size.masked_fill(sure, 0)
     total, left = rest.sum(at, keepdim=True), n - sure.sum(at, keepdim=True)
-    u = torch.rand(total.shape, dtype=torch.float64, device=groups.device, generator=generator)
+    u = torch.rand(total.shape, dtype=torch.float64, device=groups.device, **_source(generator))
     first = torch.minimum((u * total).to(torch.int64), (total - 1).clamp(min=0))
     # In units of part / left: the stretches, and points at first + i * total.
     end, length = rest.cumsum(at) * left, rest * left
-    drawn = _points_below(end, first, total) > _points_below(end - length, first, total)
+    start = end - length
+    passed = (start - first + total - 1).clamp(min=0) // total.clamp(min=1)  # points before start
+    drawn = first + passed * total < end
     amount = total.to(wide) / left.clamp(min=1) * part
     estimate = torch.where(sure, x, torch.where(drawn, amount.copysign(x), torch.zeros_like(x)))
     by_magnitude = where(_largest(magnitude_bits(groups), at, n), groups)
@@ -125,9 +145,3 @@ def _sure(size: Tensor, at: int, n: int) -> Tensor:
     # Each round can only add sure elements, and n rounds reach the fixed point: a round that adds
     # none ends it, and once n are sure nothing is left to share.
     return reduce(step, range(n), torch.zeros_like(size, dtype=torch.bool))
-
-
-def _points_below(place: Tensor, first: Tensor, step: Tensor) -> Tensor:
-    """Return how many of first, first + step, first + 2 step, ... are less than place."""
-    # ceil((place - first) / step), never negative.
-    return (place - first + step - 1).clamp(min=0) // step.clamp(min=1)
