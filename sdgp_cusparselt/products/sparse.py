@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends import dense
+from sdgp_cusparselt.backends import emulation
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.backends.plans import device_calls
@@ -118,9 +118,9 @@ class SparseProduct:
         """Return what prunes a matrix as this product prunes its gradient, in plain torch."""
         config, samples = self.config, operands.rows_per_sample
         if operands.product == "grad_weight":
-            return partial(dense.prune_tokens, config=config)
+            return partial(emulation.prune_tokens, config=config)
         if config.prune != "rescaled_magnitude":
-            return partial(dense.prune_features, config=config)
+            return partial(emulation.prune_features, config=config)
 
         def rescaled(x: Tensor) -> Tensor:
             rows = x.view(-1, samples, x.shape[1])
@@ -143,7 +143,7 @@ class SparseProduct:
     def _add_tail(self, product: Tensor, operands: Operands) -> None:
         """Add what the tokens past the last multiple of 16 give, pruned like the rest."""
         left, right = operands.matrices()
-        pruned = dense.prune_tokens(left[self.gemm.k :], self.config)
+        pruned = emulation.prune_tokens(left[self.gemm.k :], self.config)
         product.view(self.gemm.m, self.gemm.n).addmm_(pruned.t(), right[self.gemm.k :])
 
 

@@ -221,7 +221,7 @@ def test_a_search_in_a_process_of_its_own(
     (decision,) = json.loads(capsys.readouterr().out)["decisions"]
     assert decision["candidate"] is not None and decision["conditions"]["candidates_timed"] == 4
     assert emulator.calls("cusparseLtMatmul") == 0, "nothing is tried in this process"
-    (stored,) = store.default_cache().decisions(dispatch.BACKENDS[0], CPU)
+    (stored,) = store.default_cache().decisions(routes.LIBRARY, CPU)
     assert stored.as_dict() == decision
 
 
