@@ -64,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, metavar="DEVICE", help="cuda (default) or cuda:1")
     parser.add_argument("--force", action="store_true", help="tune also what the cache has")
-    parser.add_argument("--json", metavar="PATH", help="write the decisions as JSON; - for stdout")
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -99,7 +99,7 @@ class Method:
         """Return the conversion's config, or None for dense.
 
         Args:
-            backend: of ``SDGPConfig``.
+            backend: of ``SDGPConfig``. A forced cusparselt raises where it cannot run.
 
         Raises:
             ValueError: n and m do not go together or with this prune method.
@@ -109,6 +109,8 @@ class Method:
         # A shape that runs faster dense must prune all the same: the accuracy is the question here.
         prune = cast(PruneMethod, self.prune)
         config = SDGPConfig(prune=prune, n=self.n, m=self.m, backend=backend, on_slower="prune")
+        if backend == "cusparselt":
+            config = replace(config, on_unsupported="raise")
         if self.grad_weight is None:
             return config
         grad_weight_prune = cast(PruneMethod, self.grad_weight)
