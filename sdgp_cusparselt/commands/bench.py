@@ -164,7 +164,7 @@ def _need_pytest_benchmark() -> None:
             "pytest-benchmark",
             "installed",
             "no such package",
-            "Install it: pip install 'sdgp-cusparselt[bench]'.",
+            "Run: pip install pytest pytest-benchmark matplotlib.",
         )
 
 

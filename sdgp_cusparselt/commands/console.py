@@ -19,7 +19,8 @@ from sdgp_cusparselt.commands.arguments import STDOUT, output_or_stdout
 
 #: Columns of a pipe, unless COLUMNS says otherwise: nobody folds its lines.
 PIPE_COLUMNS = 160
-_ASCII = {"\u00b1": "+-", "\u00d7": "x", "\u2026": "...", "\u2013": "-", "\u00b5": "u"}
+#: An ellipsis stays one column wide: bars that are cut to the width count on it.
+_ASCII = {"\u00b1": "+-", "\u00d7": "x", "\u2026": ".", "\u2013": "-", "\u00b5": "u"}
 
 
 class _Console(Console):

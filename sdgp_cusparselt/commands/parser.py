@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prefix = f"sdgp {command}" if command in COMMANDS else "sdgp"
     print_any_text()
     try:
-        args = build_parser(command).parse_args(arguments)
-        code: int = args.run(args)
-        sys.stdout.flush()
+        return _run(command, arguments)
     except BrokenPipeError:
         drop_broken_stdout()
         return BROKEN_PIPE
@@ -69,7 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{prefix}: {_sentence(error).removeprefix(f'{command}: ')}", file=sys.stderr)
         return CANNOT
-    return code
+
+
+def _run(command: str | None, arguments: Sequence[str]) -> int:
+    try:
+        args = build_parser(command).parse_args(arguments)
+        code: int = args.run(args)
+        return code
+    finally:
+        # Here, so that a pipe that nobody reads is seen; --help comes this way too.
+        sys.stdout.flush()
 
 
 def _sentence(error: BaseException) -> str:

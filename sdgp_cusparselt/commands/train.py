@@ -152,7 +152,9 @@ def _publish(
     write_json(paths["JSON"], document)
     output.write_json(document)
     text = f"{markdown_table(document, task.metric)}\nMade by `{document['command']}`.\n"
-    write_atomically(paths["Markdown"], lambda file: file.write(text.encode()))
+    # Paths of another encoding than the terminal's come as surrogates.
+    encoded = text.encode("utf-8", "surrogateescape")
+    write_atomically(paths["Markdown"], lambda file: file.write(encoded))
     draw = plot_rows if args.sweep else plot_curves
     draw(document, task.metric, paths["plot"])
     output.prose(verdict(document, task.metric))

@@ -55,17 +55,17 @@ def shares(trace: Trace) -> dict[str, int]:
 
 def verdict(result: Forecast) -> str:
     """Return what to expect of one card, in one sentence."""
-    dense, sdgp = (result.dense_us + result.other) / 1e3, (result.sdgp_us + result.other) / 1e3
+    dense, sdgp = _step_ms(result)
     gains, layers = _gaining(result)
     name = result.gpu.name
     if not layers:
         return f"{name}: no layer of this model can be pruned, so nothing changes."
     if result.speedup < WORTHWHILE:
         few = f"{gains} of {layers} layers would gain" if gains else "no layer would gain"
-        return f"{name}: no gain to speak of is predicted for a step of {dense:.1f} ms; {few}."
+        return f"{name}: no gain to speak of is predicted for a step of {dense} ms; {few}."
     return (
         f"{name}: a step is predicted to be {result.speedup:.2f}x as fast, "
-        f"{sdgp:.1f} ms instead of {dense:.1f}; {gains} of {layers} layers gain."
+        f"{sdgp} ms instead of {dense}; {gains} of {layers} layers gain."
     )
 
 
@@ -93,13 +93,19 @@ def overview(forecasts: Sequence[Forecast]) -> Table:
         gains, layers = _gaining(result)
         shown.add_row(
             result.gpu.name,
-            f"{(result.dense_us + result.other) / 1e3:.1f}",
-            f"{(result.sdgp_us + result.other) / 1e3:.1f}",
+            *_step_ms(result),
             f"{result.speedup:.3f}x",
             f"{gains} of {layers}",
             "none" if edge is None else str(edge),
         )
     return shown
+
+
+def _step_ms(result: Forecast) -> tuple[str, str]:
+    """Return the milliseconds of the dense step and of the one with SDGP, to three digits."""
+    steps = ((gemms + result.other) / 1e3 for gemms in (result.dense_us, result.sdgp_us))
+    dense, sdgp = (f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f}" for ms in steps)
+    return dense, sdgp
 
 
 def _gaining(result: Forecast) -> tuple[int, int]:
