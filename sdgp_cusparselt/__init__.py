@@ -32,6 +32,7 @@ else:
         SDGPCacheWarning,
         SDGPError,
         SDGPFallbackWarning,
+        SDGPScheduleWarning,
     )
     from sdgp_cusparselt.layers.convert import convert_, revert_, set_enabled_
     from sdgp_cusparselt.layers.report import ConversionReport
@@ -57,6 +58,7 @@ __all__ = [
     "SDGPConfig",
     "SDGPError",
     "SDGPFallbackWarning",
+    "SDGPScheduleWarning",
     "Schedule",
     "Telemetry",
     "__version__",

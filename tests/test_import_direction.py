@@ -56,6 +56,7 @@ ORDER = {
         "products.backward products.by_hand",
         "products.operators",
         "layers.functional",
+        "layers.schedule_state",
         "layers.modules layers.report layers.unsuitable",
         "layers.convert",
         "layers.stepping",
