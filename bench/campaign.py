@@ -190,7 +190,12 @@ def run_command(command: Sequence[str], log: Path, seconds: float) -> int:
     }
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_hear_interrupts,
         )
         for limit, then in ((max(1.0, seconds), signal.SIGINT), (GRACE_S, signal.SIGKILL)):
             try:
@@ -198,6 +203,11 @@ def run_command(command: Sequence[str], log: Path, seconds: float) -> int:
             except subprocess.TimeoutExpired:
                 process.send_signal(then)
         return process.wait()
+
+
+def _hear_interrupts() -> None:
+    """Undo that a shell's background jobs, and what they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def missing() -> list[str]:

@@ -1,6 +1,5 @@
 """The cuSPARSELt backend: products of a packed gradient on sparse tensor cores."""
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -8,6 +7,8 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends import convolution
 from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem
+from sdgp_cusparselt.backends.candidates import offered
+from sdgp_cusparselt.backends.certificates import Certificates
 from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
@@ -16,21 +17,18 @@ from sdgp_cusparselt.backends.plans import (
     PlanCache,
     current_stream,
     dense_order,
-    is_capturing,
     on_device,
+    readable,
     row_major,
 )
 from sdgp_cusparselt.backends.reasons import pattern_reasons, shape_reasons
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
-from sdgp_cusparselt.packing.certify import Certificate, certify, plan_compress
+from sdgp_cusparselt.packing.agreement import packer_fault
 from sdgp_cusparselt.packing.pack import pack_gradient
+from sdgp_cusparselt.packing.proofs import Certificate
 from sdgp_cusparselt.pruning.methods import prune
 from sdgp_cusparselt.recording.spans import span
-
-#: Segment-K (split_k = -1) may hang on sm90 with fewer sparse rows than about 400.
-SEGMENT_K_ROWS = 1024
-HEURISTIC, DATA_PARALLEL, STREAM_K = 3, 4, 6  # SplitKMode, sm100 and later
 
 
 class CusparseLtBackend(Backend):
@@ -47,7 +45,7 @@ class CusparseLtBackend(Backend):
         self.machine = Machine() if machine is None else machine
         self.plan_limit = plan_limit
         self._plans: PlanCache | None = None
-        self.certificates: dict[Hashable, Certificate] = {}
+        self.certificates = Certificates(self.machine, lambda: self.plans)
 
     @property
     def plans(self) -> PlanCache:
@@ -76,8 +74,8 @@ class CusparseLtBackend(Backend):
             k -= k % STRUCTURED_MULTIPLE
         return Gemm(m, n, k, problem.dtype, problem.dense_order, problem.device)
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return every way of running gemm that cannot hang; see ``SparseExecutor``.
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
+        """Return ways of running gemm; see ``SparseExecutor`` and ``offered``.
 
         Raises:
             NotSupportedError: float16 on sm90 failed its self-test, which runs once per machine.
@@ -85,7 +83,7 @@ class CusparseLtBackend(Backend):
         reasons = self.float16_reasons(gemm.device) if gemm.dtype == torch.float16 else []
         if reasons:
             raise NotSupportedError(reasons[0])
-        return self.offered(gemm)
+        return self.offered(gemm, safe=safe)
 
     def float16_reasons(self, device: torch.device) -> list[str]:
         """Return why float16 is not used on ``device``; may run a self-test of some seconds."""
@@ -94,19 +92,16 @@ class CusparseLtBackend(Backend):
         found = float16_fault(self.machine, device)
         return [] if found is None else [f"float16 failed its self-test on this GPU: {found}"]
 
-    def offered(self, gemm: Gemm) -> list[Candidate]:
-        """Return what ``candidates`` does, without the self-test."""
-        ids = range(self.plans.max_alg_id(gemm))
+    def offered(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
+        """Return what ``candidates`` does, without the self-test.
+
+        Args:
+            gemm: the product.
+            safe: only what cannot hang or end the CUDA context, as far as is known; with False
+                also segment-K and algorithms that nobody was seen to run, for a child process.
+        """
         major = self.machine.capability(gemm.device)[0]
-        if major >= 10:
-            modes = (HEURISTIC, DATA_PARALLEL, STREAM_K)
-            return [Candidate(i, split_k_mode=mode) for i in ids for mode in modes]
-        splits = [1]
-        if major == 9 and gemm.m >= SEGMENT_K_ROWS:
-            splits.append(-1)
-        if major < 9 and gemm.k >= 4 * max(gemm.m, gemm.n):
-            splits += [2, 4]
-        return [Candidate(i, split) for split in splits for i in ids]
+        return offered(gemm, self.plans.max_alg_id(gemm), major, safe=safe)
 
     def machine_key(self, device: torch.device) -> dict[str, str]:
         """Return what a measurement on ``device`` depends on; see ``SparseExecutor``."""
@@ -136,40 +131,29 @@ class CusparseLtBackend(Backend):
             uint8 buffer of values and metadata.
         """
         layout = self.certificate(gemm, candidate).layout
-        if layout is None:
+        wanted: dict[str, Any] = {
+            "features": None if transpose else method,
+            "tokens": method if transpose else None,
+            "features_layout": layout,
+            "tokens_layout": layout,
+            "tokens_per_sample": rows_per_sample,
+        }
+        if layout is None or packer_fault(x, **wanted) is not None:
             pruned = _pruned(x, method, transpose, rows_per_sample)
             return self.compress(pruned, gemm, candidate)
-        packed = pack_gradient(
-            x,
-            features=None if transpose else method,
-            tokens=method if transpose else None,
-            features_layout=layout,
-            tokens_layout=layout,
-            tokens_per_sample=rows_per_sample,
-        )
+        packed = pack_gradient(x, **wanted)
         operand = packed.tokens if transpose else packed.features
         if operand is None:
             raise SDGPError("pack: the packing layer left out the operand that was asked for")
         return operand.buffer
 
     def certificate(self, gemm: Gemm, candidate: Candidate) -> Certificate:
-        """Return whether our packing is proven to be the library's for a plan, and in what order.
+        """Return whether our packing is proven for a plan, and in what order.
 
-        The first call for a shape compares the two on the device; under graph capture, where that
-        cannot be done, the library's own Compress is used.
+        ``packer`` of it tells "ours" from "library": two contenders, of which a decision names
+        the one that was timed.
         """
-        planned = self.plans.get(gemm, candidate)
-        key = (planned.rows, gemm.k, gemm.dtype, gemm.device, candidate.alg_id)
-        found = self.certificates.get(key)
-        if found is None:
-            if is_capturing(gemm.device):
-                return Certificate(None, "not proven before the graph was captured")
-            identity = {**self.machine.key(gemm.device), "alg_id": candidate.alg_id, "order": "row"}
-            with on_device(gemm.device):
-                compress = plan_compress(planned.plan)
-                arguments = (planned.rows, gemm.k, gemm.dtype, gemm.device, identity)
-                found = self.certificates[key] = certify(compress, *arguments)
-        return found
+        return self.certificates(gemm, candidate)
 
     def matmul(
         self,
@@ -198,7 +182,7 @@ class CusparseLtBackend(Backend):
 
     def operand(self, x: Tensor) -> Tensor:
         """Return a dense operand as it is where the library can read it, else a copy."""
-        return row_major(x) if dense_order(x) is None else x
+        return readable(x)
 
     def compress(self, pruned: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
         """Return pruned [M, K], which is 2:4, as the library itself packs it for a plan."""
@@ -291,16 +275,17 @@ class CusparseLtBackend(Backend):
         if tokens % STRUCTURED_MULTIPLE == 0 and (config.n, config.m) == (2, 4):
             proofs = map(self.certificate, (for_input, for_weight), candidates)
             features_layout, tokens_layout = (proof.layout for proof in proofs)
-            if features_layout is not None and tokens_layout is not None:
+            wanted: dict[str, Any] = {
+                "features": config.prune,
+                "tokens": config.grad_weight_prune,
+                "features_layout": features_layout,
+                "tokens_layout": tokens_layout,
+                "tokens_per_sample": _rows_per_sample(grad_output),
+            }
+            proven = features_layout is not None and tokens_layout is not None
+            if proven and packer_fault(flat, **wanted) is None:
                 with span("pack", flat.device):
-                    packed = pack_gradient(
-                        flat,
-                        features=config.prune,
-                        tokens=config.grad_weight_prune,
-                        features_layout=features_layout,
-                        tokens_layout=tokens_layout,
-                        tokens_per_sample=_rows_per_sample(grad_output),
-                    )
+                    packed = pack_gradient(flat, **wanted)
                 if packed.features is not None and packed.tokens is not None:
                     buffers = (packed.features.buffer, packed.tokens.buffer)
                     with span("matmul", flat.device):
@@ -352,11 +337,9 @@ class CusparseLtBackend(Backend):
         candidate: Candidate | None,
         rows_per_sample: int,
     ) -> Tensor:
-        order = dense_order(dense)
-        if order is None:
-            dense, order = row_major(dense), "row"
+        dense = readable(dense)
         (m, k), n = flat.shape, dense.shape[1]
-        gemm = Gemm(m, n, k, flat.dtype, order, flat.device)
+        gemm = Gemm(m, n, k, flat.dtype, dense_order(dense) or "row", flat.device)
         candidate = self._first(gemm) if candidate is None else candidate
         method = config.prune
         if (config.n, config.m) != (2, 4):

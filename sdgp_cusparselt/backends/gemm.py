@@ -55,7 +55,7 @@ class SparseExecutor(Protocol):
     """What the tuner needs of a backend."""
 
     def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return every way of running gemm that the library offers and that cannot hang."""
+        """Return the ways of running gemm that cannot hang or end the process, default first."""
         ...
 
     def pack(

@@ -43,6 +43,29 @@ class PlannedGemm:
     compressed_size: int
     buffer_size: int
 
+    def product(self, packed: Tensor, dense: Tensor) -> Tensor:
+        """Return packed @ dense: [rows, N], asynchronous on the current stream.
+
+        Args:
+            packed: uint8 [compressed_size], on the plan's device, which is current.
+            dense: [K, N] in the plan's order.
+        """
+        device = packed.device
+        out = torch.empty((self.rows, dense.shape[1]), dtype=dense.dtype, device=device)
+        size = self.workspace_size
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        self.plan.matmul(
+            1.0,
+            packed.data_ptr(),
+            dense.data_ptr(),
+            0.0,
+            out.data_ptr(),
+            out.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(),
+            current_stream(device),
+        )
+        return out
+
     def close(self) -> None:
         """Destroy the matrices' descriptors and with them what was built on them: the plan."""
         for matrix in (self.plan.descriptor.a, self.plan.descriptor.b, self.plan.descriptor.d):
@@ -71,7 +94,7 @@ class PlanCache:
             CusparseLtError: the library refused the problem or the algorithm.
         """
         context = self._context(gemm.device)
-        key: Hashable = (_planned_as(gemm), candidate)
+        key: Hashable = (planned_as(gemm), candidate)
         planned = context.plans.get(key)
         if planned is None:
             planned = context.plans[key] = plan_gemm(context.handle, gemm, candidate)
@@ -166,7 +189,8 @@ def _select(selection: cslt.AlgSelection, candidate: Candidate) -> None:
     selection.set(attribute.CONFIG_ID, candidate.alg_id)
     if candidate.split_k_mode is not None:
         selection.set(attribute.SPLIT_K_MODE, candidate.split_k_mode)
-    if candidate.split_k != 1:
+    # One card's default was seen to be -1, segment-K: what is not asked for is not left to chance.
+    if selection.get(attribute.SPLIT_K) != candidate.split_k:
         selection.set(attribute.SPLIT_K, candidate.split_k)
     if candidate.split_k_buffers:
         selection.set(attribute.SPLIT_K_BUFFERS, candidate.split_k_buffers)
@@ -177,7 +201,7 @@ def padded_rows(rows: int) -> int:
     return -(-rows // STRUCTURED_MULTIPLE) * STRUCTURED_MULTIPLE
 
 
-def _planned_as(gemm: Gemm) -> Gemm:
+def planned_as(gemm: Gemm) -> Gemm:
     """Return gemm with its rows padded: token counts that pad alike share a plan."""
     rows = padded_rows(gemm.m)
     return gemm if rows == gemm.m else replace(gemm, m=rows)
@@ -185,8 +209,11 @@ def _planned_as(gemm: Gemm) -> Gemm:
 
 def dense_order(x: Tensor) -> Literal["row", "col"] | None:
     """Return how a matrix lies in memory, "row" or "col", or None where a copy is needed."""
-    if x.data_ptr() % ALIGNMENT:
-        return None
+    return None if x.data_ptr() % ALIGNMENT else stored_order(x)
+
+
+def stored_order(x: Tensor) -> Literal["row", "col"] | None:
+    """Return how a matrix lies in memory, wherever it begins, or None where it has gaps."""
     rows, cols = x.shape
     if x.stride() == (cols, 1):
         return "row"
@@ -199,6 +226,16 @@ def row_major(x: Tensor) -> Tensor:
     torch's allocators align every new tensor to 64 bytes or more.
     """
     return x if dense_order(x) == "row" else x.clone(memory_format=torch.contiguous_format)
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return x where the library can read it, else a copy in the order that x has, or row-major.
+
+    The order stays, because a plan was proven for it.
+    """
+    if dense_order(x) is not None:
+        return x
+    return row_major(x.t()).t() if stored_order(x) == "col" else row_major(x)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -116,25 +116,26 @@ def _draw(args: argparse.Namespace, output: Output) -> None:
 
 
 def _learned() -> dict[str, "MetadataLayout"]:
-    """Return what was proven on this machine, by library, dtype class and algorithm."""
-    from sdgp_cusparselt.packing.certify import learned_layouts
+    """Return every order that was proven on this machine, by the first plan that has it."""
     from sdgp_cusparselt.packing.layout import MetadataLayout
+    from sdgp_cusparselt.packing.proofs import learned_layouts
 
     found: dict[str, MetadataLayout] = {}
     for proof in learned_layouts():
-        if proof.get("candidates"):
-            found[_title(proof)] = MetadataLayout.from_json(proof["candidates"][0])
+        orders = {e["layout"]: name for name, e in reversed(_proven(proof).items())}
+        for text, plan in orders.items():
+            found[f"{_title(proof)}, {plan}"] = MetadataLayout.from_json(text)
     return found
+
+
+def _proven(proof: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {name: entry for name, entry in proof["plans"].items() if "layout" in entry}
 
 
 def _title(proof: dict[str, Any]) -> str:
     identity = proof.get("identity", {})
-    parts = [
-        f"{name} {identity[name]}"
-        for name in ("device", "cusparselt", "alg_id")
-        if name in identity
-    ]
-    return f"{', '.join(parts)}, {proof.get('class', '')}"
+    parts = [f"{name} {identity[name]}" for name in ("device", "cusparselt") if name in identity]
+    return ", ".join([*parts, str(proof.get("dtype", ""))])
 
 
 def _platform() -> dict[str, str]:
@@ -187,17 +188,20 @@ def _kernels() -> dict[str, str]:
 
 def _layouts() -> dict[str, str]:
     from sdgp_cusparselt.cache import cache_dir
-    from sdgp_cusparselt.packing.certify import learned_layouts
     from sdgp_cusparselt.packing.layout import MetadataLayout
+    from sdgp_cusparselt.packing.proofs import learned_layouts
 
     report = {"cache": str(cache_dir())}
     for proof in learned_layouts():
-        if proof.get("refused"):
-            report[f"{LAYOUT}{_title(proof)}"] = f"not proven: {proof['refused']}"
-            continue
-        names = {MetadataLayout.from_json(text).name for text in proof.get("candidates", [])}
-        shapes = ", ".join(f"{rows}x{cols}" for rows, cols in proof.get("proven", []))
-        report[f"{LAYOUT}{_title(proof)}"] = f"{' or '.join(sorted(names))}, proven at {shapes}"
+        title, proven = _title(proof), _proven(proof)
+        names = {MetadataLayout.from_json(entry["layout"]).name for entry in proven.values()}
+        shapes = sorted({plan.split()[0] for plan in proven})
+        if proven:
+            where = f"{' and '.join(sorted(names))}, proven for {len(proven)} plans"
+            report[f"{LAYOUT}{title}"] = f"{where} of {', '.join(shapes)}"
+        for plan, entry in proof["plans"].items():
+            if "refused" in entry:
+                report[f"{LAYOUT}{title}, {plan}"] = f"not proven: {entry['refused']}"
     return report
 
 

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("info", "print an environment report; never fails"),
     "bench": ("bench", "measure prune, pack, products, layers and steps beside their rivals"),
     "plan": ("plan", "predict dense and SDGP time of a model's training step, GEMM by GEMM"),
+    "quality": ("quality", "predict from gradients how many more steps pruning costs, and where"),
     "train": ("train", "train dense and pruned networks side by side on real data"),
     "tune": ("tune", "prove and time cuSPARSELt's algorithms on this GPU, ahead of training"),
 }

@@ -16,6 +16,7 @@ from sdgp_cusparselt.layers.modules import (
     release_,
     sdgp_class_of,
 )
+from sdgp_cusparselt.layers.presets import Preset, configs_of
 from sdgp_cusparselt.layers.report import ConversionReport, grouped
 from sdgp_cusparselt.layers.unsuitable import adapters, output_layers, why_other_kind
 
@@ -34,6 +35,7 @@ def convert_(
     config: Configs | None = None,
     filter_fn: FilterFn | None = None,
     *,
+    preset: Preset = "all",
     include_heads: bool = False,
 ) -> ConversionReport:
     """Give every suitable linear and convolution of a model a pruned backward, in place.
@@ -49,6 +51,9 @@ def convert_(
         filter_fn: (module, fully qualified name) -> whether to convert it. Given, it alone decides
             among the layers that can be converted; without it layers that read images, heads and
             layers whose output is no multiple of m stay dense.
+        preset: which layers of a transformer: "all", "readers" of the residual stream (grad_input
+            of qkv, up, gate), or "balanced" (readers, and grad_weight of every layer by mvue).
+            Layers are known by their names; needs one configuration for all.
         include_heads: convert also layers named head, fc, classifier, lm_head or score, and what
             ``get_output_embeddings`` returns.
 
@@ -57,8 +62,8 @@ def convert_(
 
     Raises:
         TypeError: model is no module, config no SDGPConfig, or filter_fn not callable.
-        ValueError: a layer is converted already, or nothing matched the filter or one of the
-            patterns. The model is then unchanged.
+        ValueError: a layer is converted already, nothing matched the filter or one of the patterns,
+            or the preset finds no layer that reads a residual stream. The model is then unchanged.
 
     Note:
         A model inside ``torch.compile`` or DistributedDataParallel is converted inside its wrapper,
@@ -67,7 +72,7 @@ def convert_(
     config = SDGPConfig() if config is None else config
     _check_arguments(model, config, filter_fn)
     report = ConversionReport(config if isinstance(config, SDGPConfig) else None)
-    patterns = {"*": config} if isinstance(config, SDGPConfig) else config
+    patterns, left_out = _patterns(model, config, preset)
     unused = set(patterns)
     chosen: list[tuple[str, nn.Module, SDGPConfig]] = []
     heads, narrow = output_layers(unwrapped(model)), adapters(unwrapped(model))
@@ -84,7 +89,7 @@ def convert_(
             report.kinds[name] = type(module).__name__
             unused.difference_update(matching)
         if reason:
-            report.skipped[name] = reason
+            report.skipped[name] = left_out.get(name, reason)
         elif reason is None and own is not None:
             chosen.append((name, module, own))
     _check_matches(report, len(chosen), unused)
@@ -93,6 +98,18 @@ def convert_(
         report.converted.append(name)
         report.configs[name] = own
     return report
+
+
+def _patterns(
+    model: nn.Module, config: Configs, preset: Preset
+) -> tuple[Mapping[str, SDGPConfig | None], dict[str, str]]:
+    """Return name pattern -> configuration, and what a preset says of the layers it leaves out."""
+    if isinstance(config, SDGPConfig):
+        return configs_of(unwrapped(model), preset, config)
+    if preset != "all":
+        fix = "A preset chooses the layers itself."
+        raise value_error("convert_", "config", "one SDGPConfig with a preset", "patterns", fix)
+    return config, {}
 
 
 def revert_(model: nn.Module) -> list[str]:

@@ -115,7 +115,7 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
         warnings.warn(
             f"{PATIENCE} optimizer steps passed and the schedule of {len(stuck)} layers still "
             f"stands at step {stuck[0].seen} ({stuck[0].schedule.describe()}). Call "
-            "sdgp.step(model) after each optimizer.step(), or sdgp.step_with(optimizer, model) once",
+            "sdgp.step(model) after each optimizer.step(), or sdgp.step_with(optimizer, model)",
             SDGPScheduleWarning,
             stacklevel=3,
         )

@@ -1,67 +1,34 @@
-"""Prove that our packing is the library's, byte for byte, or say why it is not.
+"""Prove that a plan reads what our packer writes, or say why it does not.
 
-Per library version, device, dtype, shape class and plan the order of the metadata is learned from
-the library's own Compress; per shape, random and adversarial matrices are packed and compressed
-and the two buffers compared whole. What is proven is kept on disk. What is not proven is never
-used: the caller compresses with the library instead, and can print the reason.
+NVIDIA keeps the order of the metadata private, and it may change with library, GPU, algorithm and
+shape. So nothing is assumed: for every plan, matrices are packed and compressed; the library's
+buffer, read in a candidate order, must be the pruned operand, our buffer must be it too, and a
+product of our buffer with small integers must be exact. Known orders are tried before one is
+learned. What is not proven is never used: the caller compresses with the library instead.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt import cache
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.packing.launch import KERNEL_DTYPES
-from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
+from sdgp_cusparselt.packing.layout import NAMED, MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.learn import Compress, learn
 from sdgp_cusparselt.packing.pack import pack_gradient
-from sdgp_cusparselt.pruning.methods import prune
-
-# A cached proof holds for one way of packing: a change of the packers' bytes raises this.
-PROOF_VERSION = 1
-_FOLDER = "layouts"
+from sdgp_cusparselt.packing.proofs import Certificate, Proofs
+from sdgp_cusparselt.packing.reading import reading_fault
+from sdgp_cusparselt.packing.trials import row_blocks, two_of_four, unpruned
+from sdgp_cusparselt.pruning import prune
 
 Pack = Callable[[Tensor, MetadataLayout], Iterable[Tensor]]
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """The outcome for one shape under one plan.
-
-    Attributes:
-        layout: the order to pack in, or None: compress with the library.
-        reason: how it was proven, or what differed.
-        probes: matrices compressed to learn the order; 0 where it was known.
-    """
-
-    layout: MetadataLayout | None
-    reason: str
-    probes: int = 0
-
-    @property
-    def proven(self) -> bool:
-        """Whether the fast packer may be used."""
-        return self.layout is not None
-
-
-def shape_class(rows: int, cols: int) -> str:
-    """Return what shapes must share for one order to be expected of them.
-
-    The orders that are known depend on whether there are 256 rows, and on which powers of two up
-    to a tile of 128 x 64 divide the shape. Every shape is proven on its own all the same.
-    """
-    row_power = min(rows & -rows, 128)
-    col_power = min(cols & -cols, 64)
-    return f"rows{'>=' if rows >= 256 else '<'}256 rows%{row_power} cols%{col_power}"
+#: (packed buffer, the operand in it) -> what is wrong with its product, or None.
+Check = Callable[[Tensor, Tensor], str | None]
 
 
 def certify(
@@ -70,35 +37,34 @@ def certify(
     cols: int,
     dtype: torch.dtype,
     device: torch.device | str,
-    identity: Mapping[str, object],
+    proofs: Proofs,
+    plan: str = "",
     *,
-    folder: Path | None = None,
     pack: Pack | None = None,
+    check: Check | None = None,
 ) -> Certificate:
-    """Learn the library's metadata order for a shape and prove the packer against it.
+    """Return in which order a plan reads metadata, proven, and remember it.
 
     Args:
-        compress: a plan's Compress; takes a 2:4 [rows, cols] tensor on device, returns the whole
-            compressed buffer as uint8 (``plan_compress`` makes one).
+        compress: the plan's Compress; takes a 2:4 [rows, cols] tensor on device, returns the
+            whole compressed buffer as uint8 (``plan_compress`` makes one).
         rows: rows of the operand, padded to the library's multiples.
         cols: columns of the operand, likewise.
         dtype: element type of the operand.
         device: where it lies.
-        identity: what the order may depend on besides: library version, device name, and the
-            plan's algorithm id, operand orders and whatever else tells plans apart.
-        folder: where proofs are kept; the cache folder if None.
+        proofs: what is known on this machine.
+        plan: what tells the plan from others of that operand: width, orders, algorithm, split.
         pack: gives every buffer that our packers make of an unpruned operand in a layout; both
             directions of ``pack_gradient`` if None.
+        check: multiplies a packed buffer by small integers through the plan and says what is
+            wrong with the result; no product is run if None.
 
     Returns:
         Certificate: with the layout, or with the reason why there is none.
 
     Raises:
         ValueError: a shape that the library would not take.
-
-    Note:
-        A disagreement is never repaired by guessing: where the order changes between shapes of a
-        class, the class is refused.
+        CusparseLtError: the library refused to compress or to multiply.
     """
     device = torch.device(device)
     if padded_shape(rows, cols, dtype) != (rows, cols):
@@ -106,27 +72,45 @@ def certify(
         raise value_error("certify", "rows, cols", rule, (rows, cols), "Use padded_shape.")
     if dtype not in KERNEL_DTYPES:
         return Certificate(None, f"{dtype} operands are compressed by the library")
-    path = proof_path(identity, rows, cols, dtype, folder)
-    known = cache.load(path) or {}
-    shape = [rows, cols]
-    if shape in known.get("proven", []):
-        return Certificate(_layouts(known)[0], "proven before")
-    if known.get("refused"):
-        return Certificate(None, str(known["refused"]))
-    candidates, probes = _layouts(known), 0
-    if not candidates:
-        learned = learn(compress, rows, cols, dtype, device)
-        candidates, probes = learned.candidates, learned.probes
-        if not candidates:
-            return _refuse(path, identity, shape, learned.reason, probes)
-    left, difference = prove(compress, candidates, rows, cols, dtype, device, pack or both_ways)
-    if not left:
-        reason = f"{rows} x {cols}: {difference}"
-        if known.get("proven"):
-            reason += f"; the order that holds for {known['proven']} does not hold here"
-        return _refuse(path, identity, shape, reason, probes)
-    content = cache.update(path, lambda old: _proven(old, identity, shape, left))
-    return Certificate(_layouts(content)[0], f"{probes} probes, then equal bytes", probes)
+    name = f"{rows}x{cols} {plan}".strip()
+    found = proofs.find(name)
+    if found is None:
+        proving = partial(
+            prove,
+            compress,
+            rows=rows,
+            cols=cols,
+            dtype=dtype,
+            device=device,
+            pack=pack,
+            check=check,
+        )
+        found = _certificate(proving, compress, rows, cols, dtype, device, proofs)
+        proofs.add(name, found)
+    return found
+
+
+def _certificate(
+    proving: Callable[[Iterable[MetadataLayout]], tuple[MetadataLayout | None, str]],
+    compress: Compress,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    proofs: Proofs,
+) -> Certificate:
+    """Try what is known, then learn."""
+    layout, difference = proving([*proofs.layouts(), *NAMED.values()])
+    if layout is not None:
+        return Certificate(layout, "a known order, proven")
+    learned = learn(compress, rows, cols, dtype, device)
+    if not learned.candidates:
+        reason = f"no known order ({difference}), and {learned.reason}"
+        return Certificate(None, reason, learned.probes)
+    layout, difference = proving(learned.candidates)
+    if layout is None:
+        return Certificate(None, f"the learned order: {difference}", learned.probes)
+    return Certificate(layout, f"learned in {learned.probes} probes, proven", learned.probes)
 
 
 def prove(
@@ -137,94 +121,107 @@ def prove(
     dtype: torch.dtype,
     device: torch.device,
     pack: Pack | None = None,
-) -> tuple[list[MetadataLayout], str]:
-    """Return the candidates whose packed bytes are the library's on every trial matrix.
+    check: Check | None = None,
+) -> tuple[MetadataLayout | None, str]:
+    """Return the first candidate in which the library's and our buffers hold every trial matrix.
 
     Args:
         compress: see ``certify``.
-        candidates: layouts to try.
+        candidates: orders to try, each with every region rule that gives the observed size.
         rows: rows of the operand.
         cols: columns of the operand.
         dtype: element type of the operand.
         device: where it lies.
         pack: see ``certify``.
+        check: see ``certify``.
 
     Returns:
-        the candidates left, and the first difference of the last one dropped.
+        the layout or None, and the first difference of the last candidate dropped.
     """
     pack = pack or both_ways
-    fitting = [layout for layout in candidates if layout.misfit(rows, cols) is None]
-    # Layouts that only differ beyond this shape write the same bytes here: one stands for all.
-    alike = _alike(fitting, rows, cols)
-    left, difference = list(alike), "" if fitting else "no layout of this class fits"
-    for name, x in trials(rows, cols, dtype, device):
-        if not left:
-            break
-        pruned = prune(x)
-        # -0.0 is a zero to us; a library may keep its sign where it keeps a zero.
-        pruned = torch.where(pruned == 0, torch.zeros_like(pruned), pruned)
+    left: list[MetadataLayout] | None = None
+    difference = ""
+    for name, x in unpruned(rows, cols, dtype, device):
+        pruned = _pruned(x)
         truth = compress(pruned)
-        survivors = []
-        for table in left:
-            layout = alike[table][0]
-            found = _difference(pack(x, layout), truth, rows * cols // 2 * dtype.itemsize)
-            if found is None:
-                survivors.append(table)
-            else:
-                difference = f"{name} matrix: {found}"
-        left = survivors
-    return [layout for layout in fitting if _places(layout, rows, cols) in left], difference
+        if left is None:
+            nbytes = truth.numel() - rows * cols // 2 * dtype.itemsize
+            left = _distinct(candidates, rows, cols, nbytes)
+            difference = f"none has {nbytes} bytes of metadata at {rows} x {cols}"
+        for layout in list(left):
+            fault = _trial_fault(x, pruned, truth, layout, pack)
+            if fault is not None:
+                left.remove(layout)
+                difference = f"{name} matrix in {layout.name!r}: {fault}"
+        if not left:
+            return None, difference
+    for layout in left or ():
+        fault = _product_fault(layout, rows, cols, dtype, device, pack, check)
+        if fault is None:
+            return layout, difference
+        difference = f"product in {layout.name!r}: {fault}"
+    return None, difference
 
 
-def _alike(
-    layouts: Iterable[MetadataLayout], rows: int, cols: int
-) -> dict[bytes, list[MetadataLayout]]:
-    groups: dict[bytes, list[MetadataLayout]] = {}
-    for layout in layouts:
-        groups.setdefault(_places(layout, rows, cols), []).append(layout)
-    return groups
+def _trial_fault(
+    x: Tensor, pruned: Tensor, truth: Tensor, layout: MetadataLayout, pack: Pack
+) -> str | None:
+    fault = reading_fault(truth, layout, pruned, increasing=False)
+    if fault is not None:
+        return f"the library's buffer: {fault}"
+    for direction, buffer in zip(("features", "tokens"), pack(x, layout), strict=False):
+        fault = reading_fault(buffer, layout, pruned, increasing=True)
+        if fault is not None:
+            return f"ours along {direction}: {fault}"
+    return None
 
 
-def _places(layout: MetadataLayout, rows: int, cols: int) -> bytes:
-    """Return what tells layouts apart at one shape: where rows and groups lie, size, padding."""
-    zero = torch.zeros((), dtype=torch.int64)
-    row = layout.address(torch.arange(rows), zero, rows, cols)
-    group = layout.address(zero, torch.arange(cols // 4), rows, cols)
-    sizes = torch.tensor([layout.nbytes(rows, cols), layout.padding])
-    return torch.cat((row, group, sizes)).numpy().tobytes()
+def _product_fault(
+    layout: MetadataLayout,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pack: Pack,
+    check: Check | None,
+) -> str | None:
+    if check is None:
+        return None
+    generator = torch.Generator(device).manual_seed(rows * 37 + cols)
+    left = two_of_four(rows, cols, dtype, device, generator)
+    return check(next(iter(pack(left, layout))), left)
+
+
+def _pruned(x: Tensor) -> Tensor:
+    """Return x pruned 2:4 by magnitude; -0.0 becomes +0, as in every packer."""
+    pruned = torch.empty_like(x)
+    for part in row_blocks(*x.shape):
+        some = prune(x[part])
+        pruned[part] = some.masked_fill(some == 0, 0)
+    return pruned
+
+
+def _distinct(
+    candidates: Iterable[MetadataLayout], rows: int, cols: int, nbytes: int
+) -> list[MetadataLayout]:
+    """Return the candidates that fit; of those that write the same bytes here, the first."""
+    found: list[MetadataLayout] = []
+    for candidate in candidates:
+        for layout in candidate.fitted(rows, cols, nbytes)[:1]:
+            if not any(layout.same_places(other, rows, cols) for other in found):
+                found.append(layout)
+    return found
 
 
 def both_ways(x: Tensor, layout: MetadataLayout) -> Iterable[Tensor]:
     """Yield what the packers write for an operand, along features and along tokens."""
-    along_features = pack_gradient(x, features="magnitude", features_layout=layout)
-    along_tokens = pack_gradient(
-        x.t().contiguous(), features=None, tokens="magnitude", tokens_layout=layout
-    )
-    for packed in (along_features.features, along_tokens.tokens):
-        if packed is not None:
-            yield packed.buffer
-
-
-def trials(
-    rows: int, cols: int, dtype: torch.dtype, device: torch.device
-) -> Iterable[tuple[str, Tensor]]:
-    """Yield unpruned matrices to compare on: random ones, and what a packer gets wrong first."""
-    generator = torch.Generator(device=device).manual_seed(rows * 31 + cols)
-
-    def uniform() -> Tensor:
-        return torch.rand((rows, cols), generator=generator, device=device)
-
-    normal = torch.randn((rows, cols), generator=generator, device=device)
-    yield "random", normal.to(dtype)
-    yield "second random", (uniform() - 0.5).to(dtype)
-    # Ties, and groups with none, one or two non-zeros in every position.
-    few = torch.where(uniform() < 0.3, normal.sign(), 0.0)
-    yield "sparse", few.to(dtype)
-    largest = torch.finfo(dtype).max
-    special = normal.to(dtype)
-    for value in (0.0, -0.0, float("inf"), -float("inf"), largest, torch.finfo(dtype).tiny / 4):
-        special = torch.where(uniform() < 0.1, torch.full_like(special, value), special)
-    yield "special", special
+    along_features = pack_gradient(x, features="magnitude", features_layout=layout).features
+    if along_features is not None:
+        yield along_features.buffer
+    turned = x.t().contiguous()
+    along_tokens = pack_gradient(turned, features=None, tokens="magnitude", tokens_layout=layout)
+    if along_tokens.tokens is not None:
+        yield along_tokens.tokens.buffer
 
 
 def plan_compress(plan: Any) -> Compress:
@@ -249,71 +246,3 @@ def plan_compress(plan: Any) -> Compress:
         return out
 
     return compress
-
-
-def proof_path(
-    identity: Mapping[str, object],
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-    folder: Path | None = None,
-) -> Path:
-    """Return the file that holds what is known for an identity, a dtype and a shape class."""
-    key = {name: str(value) for name, value in identity.items()}
-    key |= {"dtype": str(dtype), "class": shape_class(rows, cols), "proof": str(PROOF_VERSION)}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return (folder or cache.cache_dir() / _FOLDER) / f"{digest[:32]}.json"
-
-
-def learned_layouts(folder: Path | None = None) -> list[dict[str, Any]]:
-    """Return every proof on disk, for ``sdgp info``: identity, class, layouts or the refusal."""
-    where = folder or cache.cache_dir() / _FOLDER
-    found = (cache.load(path) for path in sorted(where.glob("*.json")))
-    return [content for content in found if content is not None]
-
-
-def _layouts(content: Mapping[str, Any]) -> tuple[MetadataLayout, ...]:
-    return tuple(MetadataLayout.from_json(text) for text in content.get("candidates", []))
-
-
-def _proven(
-    old: dict[str, Any],
-    identity: Mapping[str, object],
-    shape: list[int],
-    layouts: list[MetadataLayout],
-) -> dict[str, Any]:
-    proven = [*old.get("proven", []), shape]
-    names = {name: str(value) for name, value in identity.items()}
-    return {
-        "identity": names,
-        "class": shape_class(*shape),
-        "candidates": [layout.to_json() for layout in layouts],
-        "proven": [list(pair) for pair in sorted({(r, c) for r, c in proven})],
-    }
-
-
-def _refuse(
-    path: Path, identity: Mapping[str, object], shape: list[int], reason: str, probes: int
-) -> Certificate:
-    names = {name: str(value) for name, value in identity.items()}
-    content = {"identity": names, "class": shape_class(*shape), "refused": reason}
-    cache.store(path, content)
-    return Certificate(None, reason, probes)
-
-
-def _difference(buffers: Iterable[Tensor], truth: Tensor, value_bytes: int) -> str | None:
-    """Describe the first byte in which a buffer differs from the library's, or return None."""
-    for number, buffer in enumerate(buffers):
-        direction = ("along features", "along tokens")[number] if number < 2 else str(number)
-        if buffer.numel() != truth.numel():
-            return f"{direction}: {buffer.numel()} bytes, the library's are {truth.numel()}"
-        if torch.equal(buffer, truth):
-            continue
-        bad = (buffer != truth).nonzero()
-        at = int(bad[0])
-        part = f"value byte {at}" if at < value_bytes else f"metadata byte {at - value_bytes}"
-        return (
-            f"{direction}: {len(bad)} bytes differ, first {part}, "
-            f"0x{int(buffer[at]):02x} for 0x{int(truth[at]):02x}"
-        )
-    return None

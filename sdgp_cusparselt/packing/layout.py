@@ -30,6 +30,16 @@ Index = TypeVar("Index", int, Tensor)
 # these, by element size in bytes (cuSPARSELt documentation, cusparseLtStructuredDescriptorInit).
 OPERAND_MULTIPLE = {1: 32, 2: 16}
 
+Region = tuple[tuple[int, int], ...]
+
+#: The metadata of a plan as measured on sm86 (16-bit, cuSPARSELt 0.10.0).
+PLAN_REGION: Region = ((32, 64),)
+#: That of a bare matrix descriptor, which does not know its operation yet.
+BARE_REGION: Region = ((32, 64), (64, 32))
+#: Every rule that a library may size the metadata by: the two above, CUTLASS's, then tight ones.
+REGIONS: tuple[Region, ...] = (PLAN_REGION, BARE_REGION)
+REGIONS += tuple((pair,) for pair in ((64, 32), (64, 64), (128, 64), (16, 16), (32, 32)))
+
 
 @dataclass(frozen=True)
 class MetadataLayout:
@@ -42,6 +52,7 @@ class MetadataLayout:
         order: the index along which the next tile in memory lies, ``"rows"`` or ``"groups"``.
         region: (row, column) multiples; the metadata takes as many bytes as the largest
             operand that one of these paddings gives.
+        region_factor: how many times that; the region of 8-bit operands is twice its nibbles.
         padding: the nibble that the library writes where there is no group.
 
     Raises:
@@ -56,8 +67,9 @@ class MetadataLayout:
     row_strides: tuple[int, ...]
     group_strides: tuple[int, ...]
     order: Literal["rows", "groups"] = "rows"
-    region: tuple[tuple[int, int], ...] = ((32, 64), (64, 32))
+    region: Region = PLAN_REGION
     padding: int = 0xE
+    region_factor: int = 1
 
     def __post_init__(self) -> None:
         strides = sorted(self.row_strides + self.group_strides)
@@ -76,6 +88,10 @@ class MetadataLayout:
         if not 0 <= self.padding <= 15:
             raise value_error(
                 "MetadataLayout", "padding", "a nibble, 0 to 15", self.padding, "Use 0xE."
+            )
+        if self.region_factor < 1:
+            raise value_error(
+                "MetadataLayout", "region_factor", "at least 1", self.region_factor, "Use 1."
             )
         bad = [pair for pair in self.region if len(pair) != 2 or pair[0] < 1 or pair[1] % 4]
         if bad or not self.region:
@@ -121,7 +137,39 @@ class MetadataLayout:
     def nbytes(self, rows: int, cols: int) -> int:
         """Return the bytes of the whole metadata region of a [rows, cols] operand."""
         sizes = [-(-rows // r) * r * (-(-cols // c) * c // 4) for r, c in self.region]
-        return -(-max(sizes) // 2)
+        return -(-max(sizes) // 2) * self.region_factor
+
+    def fitted(self, rows: int, cols: int, nbytes: int) -> tuple[MetadataLayout, ...]:
+        """Return this order with every region rule that gives an operand ``nbytes`` of metadata.
+
+        Args:
+            rows: rows of the padded operand.
+            cols: columns of the padded operand.
+            nbytes: bytes of metadata, as the library sizes them.
+
+        Returns:
+            Layouts that fit the operand, this one's own rule first; none where its tiles do not.
+        """
+        tight: Region = ((self.tile_rows, 4 * self.tile_groups),)
+        rules = dict.fromkeys([(self.region, self.region_factor)])
+        rules |= dict.fromkeys((rule, 1) for rule in (*REGIONS, tight))
+        resized = (
+            dataclasses.replace(self, region=rule, region_factor=factor) for rule, factor in rules
+        )
+        return tuple(
+            layout
+            for layout in resized
+            if layout.nbytes(rows, cols) == nbytes and layout.misfit(rows, cols) is None
+        )
+
+    def same_places(self, other: MetadataLayout, rows: int, cols: int) -> bool:
+        """Whether two layouts put every group of a [rows, cols] operand at the same address."""
+        zero = torch.zeros((), dtype=torch.int64)
+        row, group = torch.arange(rows), torch.arange(cols // 4)
+        return all(
+            torch.equal(self.address(r, g, rows, cols), other.address(r, g, rows, cols))
+            for r, g in ((row, zero), (zero, group))
+        )
 
     def misfit(self, rows: int, cols: int) -> str | None:
         """Return why this layout cannot describe a [rows, cols] operand, or None if it can."""
@@ -206,26 +254,45 @@ PLAIN = MetadataLayout("plain", _words((8, 16, 32, 1, 4)), (1, 2, *_words((2,)))
 # The same block inside tiles of 128 x 64, as measured on sm80 for 256 rows and more.
 BLOCKED = MetadataLayout("blocked", _words((8, 16, 32, 1, 4, 64, 128)), (1, 2, *_words((2, 256))))
 
+# CUTLASS 2.x for 8-bit operands: 32-bit words of eight groups in blocks of 16 x 64.
+EIGHT_BIT = MetadataLayout(
+    "eight-bit", (32, 64, 128, 8), (1, 2, 4, 16), region=((64, 128),), region_factor=2
+)
+
 # CUTLASS 3.x for sm90 (Sm90GemmSparseConfig, 16-bit): atoms of 64 x 32.
-SM90_ATOM = MetadataLayout("sm90-atom", _words((2, 4, 8, 1, 32, 64)), (1, 2, *_words((16,))))
+SM90_ATOM = MetadataLayout(
+    "sm90-atom", _words((2, 4, 8, 1, 32, 64)), (1, 2, *_words((16,))), region=BARE_REGION
+)
 
 # xFormers' other order for 16 x 32 blocks: word (r % 8) * 4 + g holds rows r and r + 8,
 # groups g and g + 4. Its growth is not documented; rows first, as in all the others.
 SM90_INTERLEAVED = MetadataLayout("sm90-interleaved", (*_words((4, 8, 16)), 1), (4, 8, 2))
 
-NAMED = {layout.name: layout for layout in (PLAIN, BLOCKED, SM90_ATOM, SM90_INTERLEAVED)}
+# Published for cuSPARSELt on sm90, 16-bit, up to 128 rows: tiles of 64 x 32, along the columns.
+SM90_PUBLISHED = MetadataLayout(
+    "sm90-published", (16, 32, 64, 1, 128, 256), (4, 8, 2), order="groups", region=BARE_REGION
+)
+
+NAMED = {
+    layout.name: layout
+    for layout in (PLAIN, BLOCKED, EIGHT_BIT, SM90_PUBLISHED, SM90_ATOM, SM90_INTERLEAVED)
+}
 
 
-def default_layout(rows: int, cols: int) -> MetadataLayout:
+def default_layout(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> MetadataLayout:
     """Return the order that cuSPARSELt is known to use on sm80, for use without a library.
 
     Args:
         rows: rows of the padded operand.
         cols: columns of the padded operand.
+        dtype: element type of the operand.
 
     Returns:
-        MetadataLayout: ``PLAIN`` below 256 rows, ``BLOCKED`` from there on where its tiles fit.
+        MetadataLayout: ``EIGHT_BIT`` for 8-bit operands; else ``PLAIN`` below 256 rows, and
+        ``BLOCKED`` from there on where its tiles fit.
     """
+    if dtype.itemsize == 1:
+        return EIGHT_BIT
     if rows >= 256 and BLOCKED.misfit(rows, cols) is None:
         return BLOCKED
     return PLAIN

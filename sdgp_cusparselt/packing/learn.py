@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -9,14 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.packing.layout import NAMED, MetadataLayout, default_layout
+from sdgp_cusparselt.packing.layout import NAMED, MetadataLayout
+from sdgp_cusparselt.packing.trials import row_blocks
 
 Compress = Callable[[Tensor], Tensor]
 
 # Probe groups keep elements (0, 1) or (0, 2). Neither is 0xE, which the library pads with.
 _ZERO, _ONE = 0x4, 0x8
-# Sizes of the metadata region that are known: CUTLASS's and cuSPARSELt's, then tight ones.
-_REGIONS = (((32, 64), (64, 32)), ((16, 16),), ((32, 32),), ((64, 64),), ((128, 64),))
 # A tile may have bits that a small operand never sets, up to these counts.
 _MAX_ROW_BITS, _MAX_GROUP_BITS = 7, 4
 
@@ -42,9 +42,9 @@ def learn(
 ) -> Learned:
     """Learn the order of the metadata of [rows, cols] operands.
 
-    Probe i spells bit i of every group's row, or of its number in the row, as its pair of
-    indices; together the probes name the group behind each nibble. They number
-    ceil(log2(rows)) + ceil(log2(cols / 4)).
+    Two probes find the nibbles that belong to a group. Each other probe spells one bit of every
+    group's row, or of its number in the row, as its pair of indices; together they name the
+    group behind each nibble. They number 2 + ceil(log2(rows)) + ceil(log2(cols / 4)).
 
     Args:
         compress: takes a 2:4 [rows, cols] tensor, returns the library's whole buffer as uint8.
@@ -59,37 +59,34 @@ def learn(
     groups = cols // 4
     row_bits, group_bits = (rows - 1).bit_length(), (groups - 1).bit_length()
     value_bytes = rows * cols // 2 * dtype.itemsize
-    index = _Index(row_bits, group_bits, rows, groups, device)
-    source, known, blank = None, None, None
-    for bit, probe in enumerate(index.probes(dtype)):
-        nibbles = _nibbles(compress(probe)[value_bytes:])
-        one = nibbles == _ONE
-        spelled = one | (nibbles == _ZERO)
-        if source is None or known is None:
-            source, known, blank = torch.zeros_like(nibbles, dtype=torch.int64), spelled, nibbles
-        known &= spelled
-        source += one.to(torch.int64) << bit
-    probes = row_bits + group_bits
-    if source is None or known is None or blank is None:
-        return Learned((), "an operand of one group has no order", 0)
-    row, group = source & ((1 << row_bits) - 1), source >> row_bits
-    inside = known & (row < rows) & (group < groups)
-    if not torch.equal(inside, known) or int(known.sum()) != rows * groups:
-        found = int(known.sum())
+    probes = 2 + row_bits + group_bits
+
+    def metadata(bit: int | None, flip: bool = False) -> Tensor:
+        return compress(_probe(bit, flip, row_bits, rows, groups, dtype, device))[value_bytes:]
+
+    blank = metadata(None)
+    zeros, ones = _is(blank, _ZERO), _is(metadata(None, flip=True), _ONE)
+    known = zeros & ones
+    source = torch.zeros(known.shape, dtype=torch.int32, device=known.device)
+    for bit in range(row_bits + group_bits):
+        read = metadata(bit)
+        one = _is(read, _ONE)
+        known &= one | _is(read, _ZERO)
+        for part in row_blocks(source.numel(), 1):
+            source[part] |= one[part].to(torch.int32) << bit
+    found = int(known.sum())
+    if found != rows * groups:
         return Learned((), f"{found} nibbles name a group, and there are {rows * groups}", probes)
-    place = torch.full((rows * groups,), -1, dtype=torch.int64, device=source.device)
-    position = known.nonzero().squeeze(1)
-    place[row[position] * groups + group[position]] = position
-    if int(place.min()) < 0:
+    place = _places(source, known, row_bits, rows, groups)
+    if place is None:
         return Learned((), "two nibbles name the same group", probes)
-    padding = torch.unique(blank[~known])
-    if padding.numel() > 1:
-        return Learned((), f"padding holds several nibbles: {padding.tolist()}", probes)
-    nibble = int(padding[0]) if padding.numel() else 0xE
-    table = place.view(rows, groups)
-    if not torch.equal(table, table[:, :1] + table[:1] - table[0, 0]) or int(table[0, 0]):
-        return Learned((), "the order is no sum of a row's and a group's place", probes)
-    fits = tuple(fit(table[:, 0].cpu(), table[0].cpu(), rows, cols, source.numel() // 2, nibble))
+    for part in row_blocks(rows, groups):
+        sums = place[part, :1] + place[:1] - place[0, 0]
+        if not torch.equal(place[part], sums) or int(place[0, 0]):
+            return Learned((), "the order is no sum of a row's and a group's place", probes)
+    row_place, group_place = place[:, 0].long().cpu(), place[0].long().cpu()
+    padding = _padding(blank, known)
+    fits = tuple(fit(row_place, group_place, rows, cols, blank.numel(), padding))
     if not fits:
         return Learned((), "the order is no bit permutation inside tiles", probes)
     return Learned(fits, f"{probes} probes", probes)
@@ -108,36 +105,63 @@ def fit(
         if strides is None:
             continue
         for order in orders:
-            region = _region(rows, cols, nbytes, a, b)
-            if region is None:
-                continue
-            layout = MetadataLayout("learned", *strides, order, region, padding)
-            if layout.misfit(rows, cols) is None and _explains(
-                layout, row_place, group_place, rows, cols
-            ):
-                yield _named(layout, rows, cols)
+            layout = MetadataLayout("learned", *strides, order, padding=padding)
+            fitted = layout.fitted(rows, cols, nbytes)
+            if fitted and _explains(layout, row_place, group_place, rows, cols):
+                yield _named(fitted[0])
 
 
-class _Index:
-    """Probe matrices, one per bit of the row and then of the group."""
+def _probe(
+    bit: int | None,
+    flip: bool,
+    row_bits: int,
+    rows: int,
+    groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return [rows, 4 groups] whose groups keep (0, 2) where a bit of their name is 1, else (0, 1).
 
-    def __init__(
-        self, row_bits: int, group_bits: int, rows: int, groups: int, device: torch.device
-    ) -> None:
-        self.row = torch.arange(rows, device=device)[:, None].expand(rows, groups)
-        self.group = torch.arange(groups, device=device)[None, :].expand(rows, groups)
-        self.bits = [(self.row, bit) for bit in range(row_bits)]
-        self.bits += [(self.group, bit) for bit in range(group_bits)]
+    The bits of a group's name are those of its row, then those of its number; None is 0 all over.
+    """
+    probe = torch.zeros(rows, 4 * groups, dtype=dtype, device=device)
+    probe[:, 0::4] = 1
+    for part in row_blocks(rows, groups):
+        shape = (part.stop - part.start, groups)
+        one = torch.full(shape, flip, device=device)
+        if bit is not None:
+            row = torch.arange(part.start, part.stop, device=device)[:, None]
+            group = torch.arange(groups, device=device)[None, :]
+            named = row >> bit if bit < row_bits else group >> (bit - row_bits)
+            one = (named & 1 == 1).expand(shape)
+        probe[part, 1::4] = (~one).to(dtype)
+        probe[part, 2::4] = one.to(dtype)
+    return probe
 
-    def probes(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        for index, bit in self.bits:
-            one = (index >> bit & 1).to(torch.float32)
-            members = (torch.ones_like(one), 1 - one, one, torch.zeros_like(one))
-            yield torch.stack(members, -1).flatten(1).to(dtype)
+
+def _is(metadata: Tensor, nibble: int) -> Tensor:
+    """Return bool [2 n], which nibbles of n bytes are this one, the low nibble first."""
+    return torch.stack((metadata & 15 == nibble, metadata >> 4 == nibble), 1).flatten()
 
 
-def _nibbles(metadata: Tensor) -> Tensor:
-    return torch.stack((metadata & 15, metadata >> 4), 1).flatten()
+def _places(source: Tensor, known: Tensor, row_bits: int, rows: int, groups: int) -> Tensor | None:
+    """Return int32 [rows, groups], the nibble that names each group; None if one is not named."""
+    place = torch.full((rows * groups,), -1, dtype=torch.int32, device=source.device)
+    for part in row_blocks(source.numel(), 1):
+        at = known[part].nonzero().squeeze(1)
+        name = source[part][at]
+        row, group = name & ((1 << row_bits) - 1), name >> row_bits
+        if bool(((row >= rows) | (group >= groups)).any()):
+            return None
+        place[row.long() * groups + group] = (at + part.start).to(torch.int32)
+    return None if int(place.min()) < 0 else place.view(rows, groups)
+
+
+def _padding(blank: Tensor, known: Tensor) -> int:
+    """Return the nibble that the library pads with; 0xE, as good as any, where it has several."""
+    nibbles = torch.stack((blank & 15, blank >> 4), 1).flatten()
+    found = torch.unique(nibbles[~known])
+    return int(found[0]) if found.numel() == 1 else 0xE
 
 
 def _strides(place: Tensor, bits: int) -> list[int | None]:
@@ -158,18 +182,6 @@ def _complete(
     return tuple(filled[0]), tuple(filled[1])
 
 
-def _region(
-    rows: int, cols: int, nbytes: int, row_bits: int, group_bits: int
-) -> tuple[tuple[int, int], ...] | None:
-    """Return the first known rule that gives the metadata its size."""
-    tile = ((1 << row_bits, 4 << group_bits),)
-    for region in (*_REGIONS, tile):
-        probe = MetadataLayout("size", (), (1,), region=region)
-        if probe.nbytes(rows, cols) == nbytes:
-            return region
-    return None
-
-
 def _explains(
     layout: MetadataLayout, row_place: Tensor, group_place: Tensor, rows: int, cols: int
 ) -> bool:
@@ -181,11 +193,10 @@ def _explains(
     )
 
 
-def _named(layout: MetadataLayout, rows: int, cols: int) -> MetadataLayout:
-    """Return a known layout in place of one with the same strides."""
-    fields = (layout.row_strides, layout.group_strides, layout.order, layout.region)
-    for known in (default_layout(rows, cols), *NAMED.values()):
-        same = (known.row_strides, known.group_strides, known.order, known.region) == fields
-        if same and known.padding == layout.padding:
-            return known
+def _named(layout: MetadataLayout) -> MetadataLayout:
+    """Return a known layout in place of one with the same strides, sized as that one is."""
+    for known in NAMED.values():
+        same = (known.row_strides, known.group_strides, known.order)
+        if same == (layout.row_strides, layout.group_strides, layout.order):
+            return dataclasses.replace(layout, name=known.name)
     return layout

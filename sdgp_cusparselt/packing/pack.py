@@ -259,7 +259,7 @@ def _row_major(x: Tensor) -> Tensor:
 def _allocate(x: Tensor, layout: MetadataLayout | None, transposed: bool) -> Packed24:
     rows, cols = x.shape[::-1] if transposed else x.shape
     if layout is None:
-        layout = default_layout(*padded_shape(rows, cols, x.dtype))
+        layout = default_layout(*padded_shape(rows, cols, x.dtype), x.dtype)
     return Packed24.empty((rows, cols), x.dtype, layout, device=x.device, transposed=transposed)
 
 

@@ -7,12 +7,13 @@ from typing import cast
 from sdgp_cusparselt.config.choices import BackendName, SDGPConfig
 from sdgp_cusparselt.config.patterns import METHODS, PruneMethod
 from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.layers.presets import Preset
 
 DENSE = "dense"
 NONE = "none"
 
 _PATTERN = re.compile(
-    r"(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
+    r"((?P<preset>readers|balanced):)?(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
 )
 
 #: The rows of the SDGP paper's CIFAR-10 table, in its order.
@@ -39,7 +40,16 @@ GRADIENT_BIAS = (
     *(f"{prune}@2:4" for prune in _COMPARED),
     *(f"none@2:4+grad_weight={prune}" for prune in _COMPARED),
 )
-SWEEPS = {"table1": TABLE1, "gradient-bias": GRADIENT_BIAS}
+#: Which layers of a transformer to prune, and for which product.
+PRESETS = (
+    DENSE,
+    "mvue@2:4",
+    "readers:mvue@2:4",
+    "readers:magnitude@2:4",
+    "none@2:4+grad_weight=mvue",
+    "balanced:mvue@2:4",
+)
+SWEEPS = {"table1": TABLE1, "gradient-bias": GRADIENT_BIAS, "presets": PRESETS}
 
 
 @dataclass(frozen=True)
@@ -55,12 +65,14 @@ class Method:
         n: values kept in a group.
         m: group size.
         grad_weight: prune method of the second product; None leaves it dense.
+        preset: which layers of a transformer; see ``convert_``.
     """
 
     prune: str
     n: int = 2
     m: int = 4
     grad_weight: str | None = None
+    preset: Preset = "all"
 
     @property
     def is_dense(self) -> bool:
@@ -75,7 +87,8 @@ class Method:
         pattern = f"{self.n}:{self.m}"
         parts = [f"{self.prune} {pattern}"] if self.prune != NONE or not self.grad_weight else []
         parts += [f"grad_weight: {self.grad_weight} {pattern}"] if self.grad_weight else []
-        return ", ".join(parts)
+        which = "" if self.preset == "all" else f"{self.preset}: "
+        return which + ", ".join(parts)
 
     @property
     def spelling(self) -> str:
@@ -83,12 +96,14 @@ class Method:
         if self.is_dense:
             return DENSE
         suffix = f"+grad_weight={self.grad_weight}" if self.grad_weight else ""
-        return f"{self.prune}@{self.n}:{self.m}{suffix}"
+        which = "" if self.preset == "all" else f"{self.preset}:"
+        return f"{which}{self.prune}@{self.n}:{self.m}{suffix}"
 
     @property
     def slug(self) -> str:
         """Name in file names, such as ``magnitude-2of4``."""
-        return self.spelling.replace("@", "-").replace(":", "of").replace("=", "-")
+        spelling = self.spelling.replace(f"{self.preset}:", f"{self.preset}-")
+        return spelling.replace("@", "-").replace(":", "of").replace("=", "-")
 
     @property
     def prunes_grad_input(self) -> bool:
@@ -118,7 +133,9 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """Read ``dense``, ``magnitude`` (then 2:4), ``magnitude@n:m`` or ``...+grad_weight=mvue``.
+    """Read ``dense``, ``magnitude`` (then 2:4), ``magnitude@n:m``, ``...+grad_weight=mvue``.
+
+    A preset may stand before it: ``readers:mvue``.
 
     Args:
         text: one entry of ``--methods``.
@@ -132,19 +149,21 @@ def parse_method(text: str) -> Method:
     match = _PATTERN.fullmatch(text.strip())
     if match is None or not _is_known(match):
         rule = (
-            f"dense, or one of {', '.join(METHODS)}, optionally with @n:m and +grad_weight=METHOD"
+            f"dense, or one of {', '.join(METHODS)}, optionally with readers: or balanced: before "
+            "it, and @n:m and +grad_weight=METHOD behind it"
         )
         fix = "Write for example magnitude, rescaled_magnitude@4:8 or none+grad_weight=mvue."
         raise value_error("parse_method", "text", rule, repr(text), fix)
     n, m = (int(match["n"]), int(match["m"])) if match["n"] else (2, 4)
-    method = Method(match["prune"], n, m, match["grad_weight"])
+    preset = cast(Preset, match["preset"] or "all")
+    method = Method(match["prune"], n, m, match["grad_weight"], preset)
     method.config()
     return method
 
 
 def _is_known(match: re.Match[str]) -> bool:
     if match["prune"] == DENSE:
-        return not match["n"] and not match["grad_weight"]
+        return not match["n"] and not match["grad_weight"] and not match["preset"]
     return match["prune"] in METHODS and match["grad_weight"] in (None, *METHODS)
 
 

@@ -129,10 +129,12 @@ class Trainer:
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.converted: list[str] = []
         self.skipped: dict[str, str] = {}
+        self.pruned: list[str] = []  # those whose grad_input is pruned
         config = spec.method.config(spec.backend)
         if config is not None:
-            report = convert_(self.model, config)
+            report = convert_(self.model, config, preset=spec.method.preset)
             self.converted, self.skipped = list(report.converted), dict(report.skipped)
+            self.pruned = [name for name, own in report.configs.items() if own.prunes]
         self.optimizer = build_optimizer(self.model, spec.recipe)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,

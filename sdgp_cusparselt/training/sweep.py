@@ -59,7 +59,7 @@ def check_methods(task: Task, methods: Sequence[Method]) -> None:
     for method in methods:
         config = method.config()
         if config is not None:
-            convert_(copy.deepcopy(model), config)
+            convert_(copy.deepcopy(model), config, preset=method.preset)
 
 
 def run_sweep(
@@ -138,9 +138,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "converted": trainer.converted,
         "skipped": trainer.skipped,
         "grad_input_flops": trainer.flops.by_layer,
-        "pruned_flop_share": trainer.flops.share(
-            trainer.converted if trainer.spec.method.prunes_grad_input else ()
-        ),
+        "pruned_flop_share": trainer.flops.share(trainer.pruned),
         "backends": trainer.backends,
         "history": history,
     }

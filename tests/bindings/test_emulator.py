@@ -10,6 +10,7 @@ from pycusparselt import (
     ComputeType,
     CusparseLtError,
     DataType,
+    MatDescAttribute,
     MatDescriptor,
     MatmulDescriptor,
     Operation,
@@ -49,11 +50,11 @@ REFUSED_MATRICES: dict[str, tuple[Status, Make]] = {
     "no rows": (Status.INVALID_VALUE, lambda h: MatDescriptor.dense(h, 0, 16, dtype=R_16F)),
     "negative": (Status.INVALID_VALUE, lambda h: MatDescriptor.dense(h, -16, 16, dtype=R_16F)),
     "alignment 8": (
-        Status.INVALID_VALUE,
+        Status.NOT_SUPPORTED,
         lambda h: MatDescriptor.dense(h, 16, 16, dtype=R_16F, alignment=8),
     ),
     "alignment 0": (
-        Status.INVALID_VALUE,
+        Status.NOT_SUPPORTED,
         lambda h: MatDescriptor.dense(h, 16, 16, dtype=R_16F, alignment=0),
     ),
     "too large": (
@@ -66,7 +67,7 @@ REFUSED_MATRICES: dict[str, tuple[Status, Make]] = {
     ),
     "fp4": (
         Status.NOT_SUPPORTED,
-        lambda h: MatDescriptor.dense(h, 64, 64, dtype=DataType.R_4F_E2M1),
+        lambda h: MatDescriptor.structured(h, 32, 64, dtype=DataType.R_4F_E2M1),
     ),
 }
 
@@ -97,6 +98,11 @@ def _changed(**change: Make) -> Callable[[cslt.Handle], MatmulDescriptor]:
     return make
 
 
+def _batched(matrix: MatDescriptor) -> MatDescriptor:
+    matrix.set(MatDescAttribute.NUM_BATCHES, 2)
+    return matrix
+
+
 def _with(**options: object) -> Callable[[cslt.Handle], MatmulDescriptor]:
     return lambda h: MatmulDescriptor(h, **_four(h), **options)  # type: ignore[arg-type]
 
@@ -125,7 +131,7 @@ REFUSED_PROBLEMS: dict[str, tuple[Status, Make]] = {
         _changed(d=lambda h: MatDescriptor.dense(h, 32, 56, dtype=R_16F)),
     ),
     "output order": (
-        Status.INVALID_VALUE,
+        Status.NOT_SUPPORTED,
         _changed(d=lambda h: MatDescriptor.dense(h, 32, 48, ld=48, dtype=R_16F, order=Order.COL)),
     ),
     "mixed types": (
@@ -133,7 +139,10 @@ REFUSED_PROBLEMS: dict[str, tuple[Status, Make]] = {
         _changed(b=lambda h: MatDescriptor.dense(h, 64, 48, dtype=DataType.R_16BF)),
     ),
     "compute int": (Status.NOT_SUPPORTED, _with(compute_type=ComputeType.COMPUTE_32I)),
-    "compute half on sm80": (Status.NOT_SUPPORTED, _with(compute_type=ComputeType.COMPUTE_16F)),
+    "batches": (
+        Status.INVALID_VALUE,
+        _changed(b=lambda h: _batched(MatDescriptor.dense(h, 64, 48, dtype=R_16F))),
+    ),
 }
 
 
@@ -150,6 +159,16 @@ def test_int8_only_contiguous_along_k(handle: cslt.Handle, order_a: Order, order
     case = Case(dtype=R_8I, order_a=order_a, order_b=order_b, compute_type=ComputeType.COMPUTE_32I)
     with pytest.raises(CusparseLtError, match="NOT_SUPPORTED"):
         Problem(handle, case)
+
+
+def test_half_accumulation_is_refused_with_the_algorithm_and_runs_on_sm90(
+    emulator: Emulator, handle: cslt.Handle
+) -> None:
+    matmul = MatmulDescriptor(handle, **_four(handle), compute_type=ComputeType.COMPUTE_16F)
+    with pytest.raises(CusparseLtError, match="cusparseLtMatmulAlgSelectionInit.*NOT_SUPPORTED"):
+        cslt.AlgSelection(handle, matmul)
+    emulator.arch(90)
+    cslt.AlgSelection(handle, matmul)
 
 
 def test_fp8_needs_sm89(handle: cslt.Handle) -> None:
@@ -170,8 +189,7 @@ def test_null_and_misaligned_pointers(handle: cslt.Handle) -> None:
     for bad in (0, a + 4):
         with pytest.raises(CusparseLtError, match="INVALID_VALUE"):
             problem.plan.compress(bad, a, problem.scratch.data_ptr())
-    with pytest.raises(CusparseLtError, match="INVALID_VALUE"):
-        problem.plan.compress(problem.a_memory.data_ptr(), a, 0)
+    problem.plan.compress(problem.a_memory.data_ptr(), a, 0)  # no scratch: taken, as on sm86
 
 
 def test_use_before_init_after_destroy_and_after_a_move(lib: cslt.Library) -> None:

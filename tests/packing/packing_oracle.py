@@ -13,35 +13,59 @@ def word_in_32(r: int, c16: int) -> int:
     return (r % 8) * 8 + (r // 16 % 2) * 4 + (c16 % 2) * 2 + (r // 8 % 2)
 
 
-def plain(r: int, g: int, rows: int) -> int:
+def plain(r: int, g: int, rows: int, cols: int) -> int:
     c16, high = g // 4, -(-rows // 32) * 32
     return ((c16 // 2) * 2 * high + (r // 32) * 64 + word_in_32(r, c16)) * 4 + g % 4
 
 
-def blocked(r: int, g: int, rows: int) -> int:
+def blocked(r: int, g: int, rows: int, cols: int) -> int:
     c16, tiles = g // 4, -(-rows // 128)
     word = (r // 128) * 512 + (c16 // 4) * 512 * tiles + (r % 128 // 32) * 64
     return (word + (c16 % 4 // 2) * 256 + word_in_32(r, c16)) * 4 + g % 4
 
 
-def sm90_atom(r: int, g: int, rows: int) -> int:
+def sm90_atom(r: int, g: int, rows: int, cols: int) -> int:
     c16, tiles = g // 4, -(-rows // 64)
     word = (r // 64) * 128 + (c16 // 2) * tiles * 128 + r // 8 % 2 + (r % 8) * 2
     return (word + (c16 % 2) * 16 + (r // 16 % 4) * 32) * 4 + g % 4
 
 
-def sm90_interleaved(r: int, g: int, rows: int) -> int:
+def sm90_interleaved(r: int, g: int, rows: int, cols: int) -> int:
     tiles = -(-rows // 16)
     word = (r // 16) * 32 + (g // 8) * tiles * 32 + (r % 8) * 4 + g % 4
     return word * 4 + (r // 8 % 2) + 2 * (g // 4 % 2)
 
 
-ADDRESS: dict[str, Callable[[int, int, int], int]] = {
+def sm90_published(r: int, g: int, rows: int, cols: int) -> int:
+    tile = (r // 64) * -(-cols // 32) + g // 8
+    inside = (r % 64 // 16) * 128 + (r % 8) * 16 + r // 8 % 2
+    return tile * 512 + inside + (g % 4) * 4 + (g % 8 // 4) * 2
+
+
+def eight_bit(r: int, g: int, rows: int, cols: int) -> int:
+    block = (g // 16) * -(-rows // 16) + r // 16
+    word = block * 32 + (r % 8) * 4 + (g % 16 // 8) * 2 + r % 16 // 8
+    return word * 8 + g % 8
+
+
+ADDRESS: dict[str, Callable[[int, int, int, int], int]] = {
     "plain": plain,
     "blocked": blocked,
     "sm90-atom": sm90_atom,
     "sm90-interleaved": sm90_interleaved,
+    "sm90-published": sm90_published,
+    "eight-bit": eight_bit,
 }
+
+
+def metadata_nbytes(layout: str, rows: int, cols: int) -> int:
+    """Bytes of the region: a plan's as measured, for 64-row tiles those of a bare descriptor."""
+    if layout == "eight-bit":
+        return -(-rows // 64) * 64 * (-(-cols // 128) * 128) // 4
+    by_plan = -(-rows // 32) * 32 * (-(-cols // 64) * 64) // 8
+    if layout not in ("sm90-atom", "sm90-published"):
+        return by_plan
+    return max(by_plan, -(-rows // 64) * 64 * (-(-cols // 32) * 32) // 8)
 
 
 def keep_indices(members: Sequence[float]) -> tuple[int, int]:
@@ -73,10 +97,7 @@ def pack(pruned: Tensor, layout: str, multiple: int) -> tuple[Tensor, Tensor]:
     bits = torch.zeros(high, wide, dtype=BITS[pruned.element_size()])
     bits[:rows, :cols] = pruned.contiguous().view(bits.dtype)
     floats = bits.view(pruned.dtype).float()
-    region = max(
-        -(-high // 32) * 32 * (-(-wide // 64) * 64), -(-high // 64) * 64 * (-(-wide // 32) * 32)
-    )
-    nibbles = [0xE] * (region // 4)
+    nibbles = [0xE] * (2 * metadata_nbytes(layout, high, wide))
     values = torch.zeros(high, wide // 2, dtype=bits.dtype)
     for r in range(high):
         for g in range(wide // 4):
@@ -84,6 +105,6 @@ def pack(pruned: Tensor, layout: str, multiple: int) -> tuple[Tensor, Tensor]:
             for slot, i in enumerate((i0, i1)):
                 if floats[r, 4 * g + i] != 0:
                     values[r, 2 * g + slot] = bits[r, 4 * g + i]
-            nibbles[ADDRESS[layout](r, g, high)] = i0 | i1 << 2
+            nibbles[ADDRESS[layout](r, g, high, wide)] = i0 | i1 << 2
     flat = torch.tensor(nibbles, dtype=torch.uint8)
     return values, flat[0::2] | flat[1::2] << 4

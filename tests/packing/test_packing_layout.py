@@ -20,7 +20,7 @@ SHAPES = ((16, 16), (32, 32), (64, 64), (48, 80), (128, 128), (256, 128), (384, 
 def test_named_layouts_follow_the_published_formulas(name: str, rows: int, cols: int) -> None:
     layout = layouts.NAMED[name]
     got = layout.address(torch.arange(rows)[:, None], torch.arange(cols // 4)[None, :], rows, cols)
-    want = [[oracle.ADDRESS[name](r, g, rows) for g in range(cols // 4)] for r in range(rows)]
+    want = [[oracle.ADDRESS[name](r, g, rows, cols) for g in range(cols // 4)] for r in range(rows)]
     assert got.tolist() == want
 
 
@@ -41,13 +41,31 @@ def test_blocked_and_plain_agree_at_128_rows_and_differ_from_256() -> None:
 
 @pytest.mark.parametrize(
     "rows, cols, nbytes",
-    [(16, 16, 256), (32, 32, 256), (128, 128, 2048), (144, 208, 5376), (1024, 4096, 524288)],
+    [(16, 16, 256), (16, 64, 256), (32, 96, 512), (96, 64, 768), (144, 208, 5120)],
 )
-def test_region_is_padded_as_the_library_pads_it(rows: int, cols: int, nbytes: int) -> None:
-    padded = max(
-        -(-rows // 32) * 32 * (-(-cols // 64) * 64), -(-rows // 64) * 64 * (-(-cols // 32) * 32)
-    )
-    assert layouts.PLAIN.nbytes(rows, cols) == padded // 8 == nbytes
+def test_region_is_as_large_as_a_plan_of_a_card_has_it(rows: int, cols: int, nbytes: int) -> None:
+    assert layouts.PLAIN.nbytes(rows, cols) == nbytes
+    assert oracle.metadata_nbytes("plain", rows, cols) == nbytes
+
+
+def test_the_region_of_eight_bit_operands_is_twice_their_nibbles() -> None:
+    assert layouts.EIGHT_BIT.nbytes(64, 64) == 2048 and layouts.EIGHT_BIT.nbytes(96, 64) == 4096
+    assert layouts.EIGHT_BIT.used_nbytes(64, 128) == 1024
+
+
+def test_an_order_takes_every_region_rule_that_gives_the_size() -> None:
+    for nbytes, rules in ((256, 2), (512, 3)):
+        found = layouts.PLAIN.fitted(16, 64, nbytes)
+        assert {layout.nbytes(16, 64) for layout in found} == {nbytes} and len(found) == rules
+    assert layouts.PLAIN.fitted(16, 64, 256)[0] is not layouts.PLAIN
+    assert layouts.PLAIN.fitted(16, 64, 256)[0] == layouts.PLAIN
+    assert layouts.PLAIN.fitted(16, 64, 12345) == ()
+    assert layouts.BLOCKED.fitted(320, 64, layouts.PLAIN.nbytes(320, 64)) == ()  # no whole tiles
+
+
+def test_places_are_compared_at_a_shape() -> None:
+    assert layouts.PLAIN.same_places(layouts.BLOCKED, 128, 64)
+    assert not layouts.PLAIN.same_places(layouts.BLOCKED, 256, 64)
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,6 +109,7 @@ def test_json_ignores_fields_of_the_future_and_refuses_other_objects() -> None:
         ({"padding": 16}, "a nibble"),
         ({"region": ((32, 6),)}, "divisible by 4"),
         ({"region": ()}, "divisible by 4"),
+        ({"region_factor": 0}, "at least 1"),
     ],
 )
 def test_bad_layouts_are_refused(change: dict[str, object], words: str) -> None:
@@ -109,3 +128,4 @@ def test_default_layout_is_blocked_from_256_rows_where_its_tiles_fit() -> None:
     assert layouts.default_layout(128, 64) is layouts.PLAIN
     assert layouts.default_layout(256, 64) is layouts.BLOCKED
     assert layouts.default_layout(320, 64) is layouts.PLAIN
+    assert layouts.default_layout(320, 64, torch.int8) is layouts.EIGHT_BIT

@@ -6,6 +6,7 @@ from torch import nn
 from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.training.methods import (
     GRADIENT_BIAS,
+    PRESETS,
     TABLE1,
     Method,
     parse_method,
@@ -15,7 +16,7 @@ from sdgp_cusparselt.training.tasks import TASKS
 
 
 def test_spelling_is_read_back() -> None:
-    for row in (*TABLE1, *GRADIENT_BIAS, "magnitude@1:4+grad_weight=random"):
+    for row in (*TABLE1, *GRADIENT_BIAS, *PRESETS, "magnitude@1:4+grad_weight=random"):
         assert parse_method(row).spelling == row
     assert parse_method(" magnitude ") == Method("magnitude", 2, 4)
     assert parse_method("mvue@1:2") == Method("mvue", 1, 2)
@@ -29,6 +30,9 @@ def test_labels_and_slugs() -> None:
     assert Method("none", 2, 4, "mvue").label == "grad_weight: mvue 2:4"
     assert Method("none").label == "none 2:4"
     assert Method("rescaled_magnitude", 1, 4).slug == "rescaled_magnitude-1of4"
+    readers = parse_method("readers:mvue")
+    assert readers == Method("mvue", preset="readers")
+    assert (readers.label, readers.slug) == ("readers: mvue 2:4", "readers-mvue-2of4")
 
 
 def test_gradient_bias_compares_four_methods_for_each_product() -> None:

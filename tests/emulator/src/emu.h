@@ -21,7 +21,9 @@ typedef enum {
     NOT_SUPPORTED = 10,
 } status_t;
 
-enum { R_32F = 0, R_16F = 2, R_8I = 3, R_32I = 10, R_16BF = 14, R_E4M3 = 28, R_E5M2 = 29 };
+enum {
+    R_32F = 0, R_16F = 2, R_8I = 3, R_32I = 10, R_16BF = 14, R_E4M3 = 28, R_E5M2 = 29, R_E2M1 = 33
+};
 enum { OP_N = 0, OP_T = 1 };
 enum { ORDER_COL = 1, ORDER_ROW = 2 };
 enum { COMPUTE_32I = 0, COMPUTE_16F = 1, COMPUTE_32F = 2 };
@@ -46,7 +48,10 @@ enum function {
 
 enum kind { KIND_HANDLE, KIND_MAT, KIND_MATMUL, KIND_ALG, KIND_PLAN, KIND_COUNT };
 
-enum layout_name { PLAIN, BLOCKED, SM90_ATOM, SM90_INTERLEAVED, RANDOM_BITS, LAYOUT_COUNT };
+enum layout_name {
+    PLAIN, BLOCKED, EIGHT_BIT, SM90_ATOM, SM90_INTERLEAVED, SM90_PUBLISHED, RANDOM_BITS,
+    LAYOUT_COUNT
+};
 typedef struct { int name; uint64_t seed; } layout_t;
 
 enum bad_kind {
@@ -94,6 +99,7 @@ struct object {
 typedef struct {
     atomic_int version[3];
     atomic_int arch, max_alg_id, noop, thread_check, per_plan;
+    atomic_int full_sizes, default_split_k, empty_pair;
     atomic_long workspace;
     atomic_int bad[256];
     atomic_int delay_us[256];
@@ -105,7 +111,7 @@ extern state_t emu;
 
 status_t emu_enter(enum function function);
 layout_t emu_default_layout(void);
-layout_t emu_plan_layout(int alg_id);
+layout_t emu_plan_layout(int alg_id, int64_t width);
 int find_layout(const char *name);
 bool emu_version_at_least(int major, int minor);
 status_t new_object(void *opaque, enum kind kind, object_t *handle, object_t **out);
@@ -132,18 +138,21 @@ status_t copy_attribute(void *field, size_t size, const void *data, size_t data_
 
 /* matmul.c */
 int max_alg_id(void);
+layout_t layout_of_type(layout_t layout, int dtype);
 status_t find_plan(const void *handle, const void *opaque, plan_t **plan);
 size_t workspace_bytes(const plan_t *plan);
+layout_t layout_of_plan(const object_t *matmul, int alg_id);
 
 /* layout.c */
 typedef struct {
     layout_t layout;
-    int64_t rows, cols, padded_rows;
+    int64_t rows, cols, padded_rows, padded_cols;
     int row_bits, group_bits;
     int row_place[8], group_place[8];
     bool rows_first;
 } layout_map_t;
 void layout_prepare(layout_map_t *map, layout_t layout, int64_t rows, int64_t cols);
+int64_t layout_bytes(layout_t layout, int64_t rows, int64_t cols);
 int64_t layout_nibble(const layout_map_t *map, int64_t row, int64_t group);
 
 /* number.c */
@@ -162,7 +171,8 @@ typedef struct {
 sparse_view_t sparse_view(const mat_t *mat, bool is_a, int op);
 sparse_view_t plan_sparse_view(const matmul_t *matmul);
 int64_t value_bytes(const sparse_view_t *view);
-int64_t metadata_bytes(const sparse_view_t *view);
+int64_t plan_metadata_bytes(const plan_t *plan, const sparse_view_t *view);
+int64_t buffer_bytes(const sparse_view_t *view, int64_t metadata);
 int64_t value_index(const sparse_view_t *view, int64_t row, int64_t kept);
 
 /* gemm.c */

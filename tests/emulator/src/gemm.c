@@ -151,7 +151,7 @@ status_t run_matmul(const plan_t *plan, const float *alpha, const void *a, const
     if (p.bad == FAILS_AT_MATMUL) return EXECUTION_FAILED;
     const mat_t *dense_mat = p.sparse_is_a ? &p.matmul->b->as.mat : &p.matmul->a->as.mat;
     const mat_t *c_mat = &p.matmul->c->as.mat, *d_mat = &p.matmul->d->as.mat;
-    int64_t size = value_bytes(&p.view) + metadata_bytes(&p.view);
+    int64_t size = value_bytes(&p.view) + plan_metadata_bytes(plan, &p.view);
     for (int i = 0; i < p.view.batches; i++) {
         const char *packed = p.sparse_is_a ? a : b, *dense = p.sparse_is_a ? b : a;
         if (p.view.batch_stride != 0) packed += i * size;
@@ -191,6 +191,8 @@ API status_t cusparseLtMatmul(const void *handle, const void *opaque, const void
     TRY(find_plan(handle, opaque, &plan));
     TRY(check_pointers(alpha, a, b, beta, c, d, workspace));
     TRY(check_streams(streams, stream_count));
+    for (int i = 0; i < 5; i++)
+        if (plan->matmul->as.matmul.scale_mode[i] != 0) return NOT_SUPPORTED; /* not imitated */
     emu.last_workspace = (long)(intptr_t)workspace;
     emu.last_alg = plan->params.id;
     /* The whole workspace is written, so that too small an allocation is overrun. */
@@ -219,7 +221,7 @@ API status_t cusparseLtMatmulSearch(const void *handle, void *opaque, const void
     }
     if (best < 0) return NOT_SUPPORTED;
     plan->params.id = best;
-    plan->layout = emu_plan_layout(best);
+    plan->layout = layout_of_plan(plan->matmul, best);
     plan->alg->as.alg.params.id = best;
     return SUCCESS;
 }

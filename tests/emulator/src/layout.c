@@ -38,14 +38,28 @@ static void draw_permutation(layout_map_t *map) {
 
 void layout_prepare(layout_map_t *map, layout_t layout, int64_t rows, int64_t cols) {
     *map = (layout_map_t){.layout = layout, .rows = rows, .cols = cols};
+    map->padded_rows = rows;
+    map->padded_cols = cols;
     /* Row counts from 256 on that are not multiples of 128: nobody documents them; plain here. */
     if (layout.name == BLOCKED && (rows % 128 != 0 || cols % 64 != 0)) map->layout.name = PLAIN;
+    int row_step = 32, col_step = 32;
     switch (map->layout.name) {
-    case SM90_ATOM: map->padded_rows = round_up(rows, 64); break;
-    case SM90_INTERLEAVED: map->padded_rows = round_up(rows, 16); break;
-    case RANDOM_BITS: draw_permutation(map); break;
-    default: map->padded_rows = round_up(rows, 32);
+    case BLOCKED: return;
+    case RANDOM_BITS: draw_permutation(map); return;
+    case EIGHT_BIT: row_step = 16, col_step = 64; break;
+    case SM90_ATOM: case SM90_PUBLISHED: row_step = 64; break;
+    case SM90_INTERLEAVED: row_step = 16; break;
+    default: break;
     }
+    map->padded_rows = round_up(rows, row_step);
+    map->padded_cols = round_up(cols, col_step);
+}
+
+/* Bytes that an order reaches, whole tiles; the region may be larger, never smaller. */
+int64_t layout_bytes(layout_t layout, int64_t rows, int64_t cols) {
+    layout_map_t map;
+    layout_prepare(&map, layout, rows, cols);
+    return map.padded_rows * map.padded_cols / 8;
 }
 
 /* The 64 words of a 32 x 32 block, which plain and blocked share. */
@@ -76,6 +90,22 @@ static int64_t sm90_interleaved(const layout_map_t *map, int64_t r, int64_t grou
     return (block * 32 + word) * 4 + r / 8 % 2 + (group / 4 % 2) * 2;
 }
 
+/* CUTLASS 2.x for 8-bit operands: 32-bit words of eight groups, ColumnMajorInterleaved<2>, and in
+ * each 16 x 64 block the rows r and r + 8 side by side. */
+static int64_t eight_bit(const layout_map_t *map, int64_t r, int64_t group) {
+    int64_t word = (r % 8) * 4 + (group / 8 % 2) * 2 + r / 8 % 2;
+    int64_t block = (group / 16) * (map->padded_rows / 16) + r / 16;
+    return (block * 32 + word) * 8 + group % 8;
+}
+
+/* Published for 16-bit operands on sm90: tiles of 64 x 32 that follow each other along the columns;
+ * in a tile 16 rows at a time, as four pairs of groups g, g + 4 of rows r and r + 8. */
+static int64_t sm90_published(const layout_map_t *map, int64_t r, int64_t group) {
+    int64_t tile = (r / 64) * (map->padded_cols / 32) + group / 8;
+    int64_t inside = (r / 16 % 4) * 128 + (r % 8) * 16 + r / 8 % 2;
+    return tile * 512 + inside + (group % 4) * 4 + (group / 4 % 2) * 2;
+}
+
 static int64_t random_bits(const layout_map_t *map, int64_t row, int64_t group) {
     int64_t inside = 0;
     for (int i = 0; i < map->row_bits; i++) inside |= ((row >> i) & 1) << map->row_place[i];
@@ -91,7 +121,9 @@ int64_t layout_nibble(const layout_map_t *map, int64_t row, int64_t group) {
     switch (map->layout.name) {
     case BLOCKED: return blocked(map, row, group * 4) * 4 + group % 4;
     case SM90_ATOM: return sm90_atom(map, row, group * 4) * 4 + group % 4;
+    case EIGHT_BIT: return eight_bit(map, row, group);
     case SM90_INTERLEAVED: return sm90_interleaved(map, row, group);
+    case SM90_PUBLISHED: return sm90_published(map, row, group);
     case RANDOM_BITS: return random_bits(map, row, group);
     default: return plain(map, row, group * 4) * 4 + group % 4;
     }

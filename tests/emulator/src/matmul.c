@@ -1,6 +1,8 @@
 /* Matmul descriptor, algorithm selection and plan. */
 #include "emu.h"
 
+#include <float.h>
+
 static bool is_fp8(int dtype) { return dtype == R_E4M3 || dtype == R_E5M2; }
 static bool is_16bit(int dtype) { return dtype == R_16F || dtype == R_16BF; }
 
@@ -9,7 +11,7 @@ static status_t check_types(const matmul_t *m) {
     if (m->b->as.mat.dtype != in) return NOT_SUPPORTED;
     if (is_16bit(in)) {
         if (c != in || d != in) return NOT_SUPPORTED;
-        if (m->compute == COMPUTE_16F) return in == R_16F && emu.arch == 90 ? SUCCESS : NOT_SUPPORTED;
+        if (m->compute == COMPUTE_16F) return in == R_16F ? SUCCESS : NOT_SUPPORTED;
         return m->compute == COMPUTE_32F ? SUCCESS : NOT_SUPPORTED;
     }
     if (in == R_8I) {
@@ -17,12 +19,28 @@ static status_t check_types(const matmul_t *m) {
         return known && c == d && m->compute == COMPUTE_32I ? SUCCESS : NOT_SUPPORTED;
     }
     if (is_fp8(in)) {
-        if (emu.arch < 89 || m->compute != COMPUTE_32F) return NOT_SUPPORTED;
+        if (m->compute != COMPUTE_32F) return NOT_SUPPORTED;
         if (is_fp8(d)) return is_16bit(c) ? SUCCESS : NOT_SUPPORTED;
         return (is_16bit(d) || d == R_32F) && c == d ? SUCCESS : NOT_SUPPORTED;
     }
-    /* fp32 inputs (TF32, 1:2 sparsity) are not imitated. */
+    /* fp32 inputs (TF32, 1:2 sparsity) and fp4 are not imitated. */
     return NOT_SUPPORTED;
+}
+
+/* What the library takes in a descriptor and refuses once an algorithm is to be chosen. */
+static status_t check_arch(const matmul_t *m) {
+    if (m->compute == COMPUTE_16F && emu.arch != 90) return NOT_SUPPORTED;
+    if (is_fp8(m->a->as.mat.dtype) && emu.arch < 89) return NOT_SUPPORTED;
+    for (int i = 0; i < 5; i++)
+        if (m->scale_mode[i] > 1) return NOT_SUPPORTED;
+    bool vector = m->alpha_vector || m->beta_vector;
+    return vector && m->compute != COMPUTE_32I ? NOT_SUPPORTED : SUCCESS;
+}
+
+static bool batches_agree(const matmul_t *m) {
+    int batches = m->a->as.mat.batches;
+    return m->b->as.mat.batches == batches && m->c->as.mat.batches == batches &&
+           m->d->as.mat.batches == batches;
 }
 
 static bool reduction_contiguous(const mat_t *mat, bool is_a, int op) {
@@ -36,8 +54,8 @@ static status_t check_problem(const matmul_t *m) {
     int64_t rows = m->op_a == OP_N ? a->rows : a->cols, inner_a = m->op_a == OP_N ? a->cols : a->rows;
     int64_t cols = m->op_b == OP_N ? b->cols : b->rows, inner_b = m->op_b == OP_N ? b->rows : b->cols;
     if (inner_a != inner_b || c->rows != rows || c->cols != cols) return INVALID_VALUE;
-    if (d->rows != rows || d->cols != cols || c->ld != d->ld) return INVALID_VALUE;
-    if (c->order != d->order) return INVALID_VALUE;
+    if (d->rows != rows || d->cols != cols || !batches_agree(m)) return INVALID_VALUE;
+    if (c->ld != d->ld || c->order != d->order) return NOT_SUPPORTED;
     TRY(check_types(m));
     bool tn = reduction_contiguous(a, true, m->op_a) && reduction_contiguous(b, false, m->op_b);
     return dtype_size(a->dtype) == 1 && !tn ? NOT_SUPPORTED : SUCCESS;
@@ -58,7 +76,7 @@ API status_t cusparseLtMatmulDescriptorInit(const void *handle, void *matmul, in
     if ((op_a != OP_N && op_a != OP_T) || (op_b != OP_N && op_b != OP_T)) return INVALID_VALUE;
     if (compute < COMPUTE_32I || compute > COMPUTE_32F) return INVALID_VALUE;
     TRY(check_problem(&m));
-    m.relu_upper = __builtin_inff();
+    m.relu_upper = FLT_MAX;
     m.gelu_scaling = 1.0f;
     TRY(new_object(matmul, KIND_MATMUL, owner, &object));
     object->as.matmul = m;
@@ -107,13 +125,15 @@ API status_t cusparseLtMatmulDescSetAttribute(const void *handle, void *opaque, 
     matmul_t *m = &object->as.matmul;
     void *field = field_of(m, attribute, &size);
     if (field == NULL) return INVALID_VALUE;
-    bool vector = attribute == 5 || attribute == 6;
-    if (vector && m->compute != COMPUTE_32I) return NOT_SUPPORTED;
+    bool gelu = attribute == 3 || attribute == 4;
+    if (gelu && m->compute != COMPUTE_32I) return INVALID_VALUE;
     if (attribute == 7 && data != NULL && data_size == size) {
         int64_t stride = *(const int64_t *)data;
         if (stride != 0 && stride < m->d->as.mat.rows) return INVALID_VALUE;
     }
-    return copy_attribute(field, size, data, data_size);
+    TRY(copy_attribute(field, size, data, data_size));
+    m->relu = m->relu != 0;
+    return SUCCESS;
 }
 
 API status_t cusparseLtMatmulDescGetAttribute(const void *handle, const void *opaque,
@@ -124,6 +144,7 @@ API status_t cusparseLtMatmulDescGetAttribute(const void *handle, const void *op
     TRY(find_matmul(handle, opaque, &object));
     void *field = field_of(&object->as.matmul, attribute, &size);
     if (field == NULL || data == NULL) return INVALID_VALUE;
+    if (attribute == 9) return INTERNAL_ERROR; /* it can be set and not read, as measured on sm86 */
     return copy_attribute(data, data_size, field, size);
 }
 
@@ -138,8 +159,10 @@ API status_t cusparseLtMatmulAlgSelectionInit(const void *handle, void *selectio
     object_t *descriptor, *object;
     TRY(find_matmul(handle, matmul, &descriptor));
     if (alg != 0 || selection == NULL) return INVALID_VALUE;
+    TRY(check_arch(&descriptor->as.matmul));
     TRY(new_object(selection, KIND_ALG, descriptor->handle, &object));
-    object->as.alg = (alg_t){.matmul = descriptor, .params = {.iterations = 5, .split_k = 1}};
+    object->as.alg = (alg_t){.matmul = descriptor, .params = {.iterations = 5}};
+    object->as.alg.params.split_k = emu.default_split_k;
     object->as.alg.params.split_k_mode = emu.arch >= 90 ? 0 : 1;
     return SUCCESS;
 }
@@ -160,15 +183,21 @@ static status_t find_alg(const void *handle, const void *opaque, alg_t **alg) {
     return SUCCESS;
 }
 
+/* sm8x knows one and two kernels; what sm90 takes was not measured. */
+static bool known_split_k_mode(int value) {
+    if (emu.arch < 90) return value == 1 || value == 2;
+    return value >= 0 && value <= (emu_version_at_least(0, 7) ? 6 : 2);
+}
+
 static status_t check_alg_value(const alg_t *alg, int attribute, int value) {
     const matmul_t *m = &alg->matmul->as.matmul;
     int64_t inner = m->op_a == OP_N ? m->a->as.mat.cols : m->a->as.mat.rows;
     bool ok;
     switch (attribute) {
     case 0: ok = value >= 0 && value < max_alg_id(); break;
-    case 2: ok = value >= 1; break;
+    case 2: ok = value >= 0; break;
     case 3: ok = emu.arch >= 90 ? value == 1 || value == -1 : value >= 1 && value <= inner; break;
-    case 4: ok = value >= 0 && value <= (emu_version_at_least(0, 7) ? 6 : 2); break;
+    case 4: ok = known_split_k_mode(value); break;
     case 5: ok = value >= 0 && (emu.arch >= 90 ? value == 0 : value < alg->params.split_k); break;
     default: ok = false;
     }
@@ -207,10 +236,16 @@ API status_t cusparseLtMatmulAlgGetAttribute(const void *handle, const void *sel
     return copy_attribute(data, size, &value, sizeof value);
 }
 
-static bool batches_agree(const matmul_t *m) {
-    int batches = m->a->as.mat.batches;
-    return m->b->as.mat.batches == batches && m->c->as.mat.batches == batches &&
-           m->d->as.mat.batches == batches;
+/* 8-bit operands have an order of their own where a test asked for no other. */
+layout_t layout_of_type(layout_t layout, int dtype) {
+    return dtype_size(dtype) == 1 && layout.name == BLOCKED ? (layout_t){EIGHT_BIT, 0} : layout;
+}
+
+layout_t layout_of_plan(const object_t *matmul, int alg_id) {
+    const matmul_t *m = &matmul->as.matmul;
+    bool sparse_a = m->a->as.mat.structured;
+    int64_t width = sparse_a ? m->d->as.mat.cols : m->d->as.mat.rows;
+    return layout_of_type(emu_plan_layout(alg_id, width), m->a->as.mat.dtype);
 }
 
 /* Split-k -1 on SM90 blocks for few rows, and so does a bad algorithm: flagged, not imitated. */
@@ -228,8 +263,7 @@ API status_t cusparseLtMatmulPlanInit(const void *handle, void *plan, const void
     TRY(find_alg(handle, selection, &alg));
     const matmul_t *m = &descriptor->as.matmul;
     if (plan == NULL || alg->matmul != descriptor || !batches_agree(m)) return INVALID_VALUE;
-    for (int i = 0; i < 5; i++)
-        if (m->scale_mode[i] != 0) return NOT_SUPPORTED;
+    TRY(check_arch(m));
     if (emu.bad[alg->params.id] == NOT_SUPPORTED_AT_PLAN) return NOT_SUPPORTED;
     if (would_hang(m, &alg->params)) {
         atomic_fetch_add(&emu.hangs, 1);
@@ -238,7 +272,7 @@ API status_t cusparseLtMatmulPlanInit(const void *handle, void *plan, const void
     TRY(new_object(plan, KIND_PLAN, descriptor->handle, &object));
     plan_t value = {.matmul = descriptor, .alg = lookup(selection, KIND_ALG)};
     value.params = alg->params;
-    value.layout = emu_plan_layout(alg->params.id);
+    value.layout = layout_of_plan(descriptor, alg->params.id);
     object->as.plan = value;
     object_t *used[] = {m->a, m->b, m->c, m->d, value.alg};
     for (size_t i = 0; i < sizeof used / sizeof *used; i++) use(used[i]);
@@ -266,8 +300,9 @@ status_t find_plan(const void *handle, const void *opaque, plan_t **plan) {
 }
 
 size_t workspace_bytes(const plan_t *plan) {
-    const mat_t *d = &plan->matmul->as.matmul.d->as.mat;
-    return emu.workspace >= 0 ? (size_t)emu.workspace : (size_t)(d->rows * d->cols / 8);
+    if (emu.workspace >= 0) return (size_t)emu.workspace;
+    sparse_view_t view = plan_sparse_view(&plan->matmul->as.matmul);
+    return (size_t)buffer_bytes(&view, plan_metadata_bytes(plan, &view));
 }
 
 API status_t cusparseLtMatmulGetWorkspace(const void *handle, const void *opaque, size_t *size) {

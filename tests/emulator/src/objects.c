@@ -42,10 +42,10 @@ API status_t cusparseLtGetVersion(const void *handle, int *version) {
 static const struct { const char *name, *text; } STATUS_TEXTS[] = {
     {"CUSPARSE_STATUS_SUCCESS", "success"},
     {"CUSPARSE_STATUS_NOT_INITIALIZED", "initialization error"},
-    {"CUSPARSE_STATUS_ALLOC_FAILED", "resource allocation failed"},
+    {"CUSPARSE_STATUS_ALLOC_FAILED", "out of memory"},
     {"CUSPARSE_STATUS_INVALID_VALUE", "invalid value"},
     {"CUSPARSE_STATUS_ARCH_MISMATCH", "architecture mismatch"},
-    {"CUSPARSE_STATUS_MAPPING_ERROR", "mapping error"},
+    {"CUSPARSE_STATUS_MAPPING_ERROR", "texture memory mapping error"},
     {"CUSPARSE_STATUS_EXECUTION_FAILED", "kernel launch failure"},
     {"CUSPARSE_STATUS_INTERNAL_ERROR", "internal error"},
     {"CUSPARSE_STATUS_MATRIX_TYPE_NOT_SUPPORTED", "matrix type not supported"},
@@ -65,10 +65,19 @@ API const char *cusparseLtGetErrorString(int status) {
 }
 #endif
 
-/* What rows, cols and ld must be multiples of; 0 where no matrix may have the type. */
+static bool known_type(int dtype) {
+    switch (dtype) {
+    case R_32F: case R_16F: case R_8I: case R_32I: case R_16BF: case R_E4M3: case R_E5M2:
+    case R_E2M1: return true;
+    default: return false;
+    }
+}
+
+/* What rows, cols and ld must be multiples of; 0 where no such matrix may have the type. */
 static int64_t multiple(int dtype, bool structured) {
     int dense;
     switch (dtype) {
+    case R_E2M1: dense = 32; break;
     case R_16F: case R_16BF: dense = 8; break;
     case R_8I: case R_E4M3: case R_E5M2: dense = 16; break;
     case R_32F: dense = 4; break;
@@ -83,8 +92,9 @@ static status_t init_matrix(const void *handle, void *opaque, mat_t mat, uint32_
     TRY(check_handle(handle, &owner));
     if (opaque == NULL || mat.rows <= 0 || mat.cols <= 0) return INVALID_VALUE;
     if (mat.order != ORDER_ROW && mat.order != ORDER_COL) return INVALID_VALUE;
-    if (alignment == 0 || alignment % 16 != 0) return INVALID_VALUE;
+    if (!known_type(mat.dtype)) return INVALID_VALUE;
     if (mat.ld < (mat.order == ORDER_ROW ? mat.cols : mat.rows)) return INVALID_VALUE;
+    if (alignment == 0 || alignment % 16 != 0) return NOT_SUPPORTED;
     int64_t step = multiple(mat.dtype, mat.structured);
     if (step == 0 || mat.rows % step || mat.cols % step || mat.ld % step) return NOT_SUPPORTED;
     int64_t lines = mat.order == ORDER_ROW ? mat.rows : mat.cols;
@@ -92,6 +102,7 @@ static status_t init_matrix(const void *handle, void *opaque, mat_t mat, uint32_
     if (mat.ld > most || lines > most / mat.ld) return NOT_SUPPORTED;
     TRY(new_object(opaque, KIND_MAT, owner, &object));
     mat.batches = 1;
+    mat.batch_stride = lines * mat.ld;
     object->as.mat = mat;
     return SUCCESS;
 }

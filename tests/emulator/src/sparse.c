@@ -28,10 +28,27 @@ int64_t value_bytes(const sparse_view_t *view) {
     return view->rows * view->cols / 2 * dtype_size(view->dtype);
 }
 
-/* A nibble per group of four; small and odd shapes are padded. */
-int64_t metadata_bytes(const sparse_view_t *view) {
+/* 8-bit operands have a region twice as large as their nibbles. */
+static int64_t eight_bit_metadata(const sparse_view_t *view) {
+    return round_up(view->rows, 64) * round_up(view->cols, 128) / 4;
+}
+
+/* A bare descriptor does not know its operation: the larger of both orientations. */
+static int64_t bare_metadata_bytes(const sparse_view_t *view) {
+    if (dtype_size(view->dtype) == 1) return eight_bit_metadata(view);
     return larger(round_up(view->rows, 32) * round_up(view->cols, 64),
                   round_up(view->rows, 64) * round_up(view->cols, 32)) / 8;
+}
+
+/* A plan's region as measured on sm86, and where an imagined order's tiles need more, that. */
+int64_t plan_metadata_bytes(const plan_t *plan, const sparse_view_t *view) {
+    if (emu.full_sizes || dtype_size(view->dtype) == 1) return bare_metadata_bytes(view);
+    return larger(round_up(view->rows, 32) * round_up(view->cols, 64) / 8,
+                  layout_bytes(plan->layout, view->rows, view->cols));
+}
+
+int64_t buffer_bytes(const sparse_view_t *view, int64_t metadata) {
+    return dtype_size(view->dtype) == 1 ? metadata / 2 : metadata;
 }
 
 /* The values keep the memory orientation of the dense operand. */
@@ -40,7 +57,7 @@ int64_t value_index(const sparse_view_t *view, int64_t row, int64_t kept) {
 }
 
 /* The two columns that a group keeps. A lone non-zero is paired with column 3, one in column 3
- * with column 2, and an empty group keeps 2 and 3: always two increasing columns. */
+ * with column 2, and an empty group keeps 2 and 3 unless a test chose another pair. */
 static void kept_columns(const void *dense, int64_t at, int64_t step, int dtype, int *i0, int *i1) {
     int found[4], count = 0;
     for (int i = 0; i < 4; i++)
@@ -49,9 +66,12 @@ static void kept_columns(const void *dense, int64_t at, int64_t step, int dtype,
     if (count >= 2) {
         *i0 = found[0];
         *i1 = found[1];
-    } else {
-        *i0 = count == 1 && found[0] < 2 ? found[0] : 2;
+    } else if (count == 1) {
+        *i0 = found[0] < 2 ? found[0] : 2;
         *i1 = 3;
+    } else {
+        *i0 = emu.empty_pair & 3;
+        *i1 = emu.empty_pair >> 2;
     }
 }
 
@@ -60,9 +80,10 @@ static void copy_element(void *to, int64_t to_index, const void *from, int64_t i
     memcpy((char *)to + (size_t)to_index * size, (const char *)from + (size_t)index * size, size);
 }
 
-static void compress_one(const sparse_view_t *view, layout_t layout, const void *dense, void *out) {
+static void compress_one(const sparse_view_t *view, layout_t layout, int64_t size, const void *dense,
+                         void *out) {
     uint8_t *metadata = (uint8_t *)out + value_bytes(view);
-    memset(metadata, 0xEE, (size_t)metadata_bytes(view));
+    memset(metadata, 0xEE, (size_t)size);
     layout_map_t map;
     layout_prepare(&map, layout, view->rows, view->cols);
     for (int64_t r = 0; r < view->rows; r++)
@@ -79,25 +100,28 @@ static void compress_one(const sparse_view_t *view, layout_t layout, const void 
         }
 }
 
-static status_t compress(const sparse_view_t *view, layout_t layout, const void *dense,
-                         void *compressed, void *buffer) {
-    if (dense == NULL || compressed == NULL || buffer == NULL) return INVALID_VALUE;
+/* The buffer may be NULL, as on sm86. */
+static status_t compress(const sparse_view_t *view, layout_t layout, int64_t metadata,
+                         const void *dense, void *compressed, void *buffer) {
+    if (dense == NULL || compressed == NULL) return INVALID_VALUE;
     if (!aligned16(dense) || !aligned16(compressed) || !aligned16(buffer)) return INVALID_VALUE;
-    int64_t size = value_bytes(view) + metadata_bytes(view);
+    int64_t size = value_bytes(view) + metadata;
     int copies = view->batch_stride == 0 ? 1 : view->batches;
-    memset(buffer, 0xB0, (size_t)metadata_bytes(view));
+    if (buffer != NULL) memset(buffer, 0xB0, (size_t)buffer_bytes(view, metadata));
     for (int i = 0; i < copies; i++) {
         int64_t skip = i * view->batch_stride * dtype_size(view->dtype);
-        compress_one(view, layout, (const char *)dense + skip, (char *)compressed + i * size);
+        const char *from = (const char *)dense + skip;
+        compress_one(view, layout, metadata, from, (char *)compressed + i * size);
     }
     return SUCCESS;
 }
 
-static status_t sizes(const sparse_view_t *view, size_t *compressed, size_t *buffer) {
+static status_t sizes(const sparse_view_t *view, int64_t metadata, size_t *compressed,
+                      size_t *buffer) {
     if (compressed == NULL || buffer == NULL) return INVALID_VALUE;
     int copies = view->batch_stride == 0 ? 1 : view->batches;
-    *compressed = (size_t)((value_bytes(view) + metadata_bytes(view)) * copies);
-    *buffer = (size_t)metadata_bytes(view);
+    *compressed = (size_t)((value_bytes(view) + metadata) * copies);
+    *buffer = (size_t)buffer_bytes(view, metadata);
     return SUCCESS;
 }
 
@@ -130,7 +154,7 @@ API status_t cusparseLtSpMMACompressedSize(const void *handle, const void *opaqu
     plan_t *plan;
     TRY(find_plan(handle, opaque, &plan));
     sparse_view_t view = plan_sparse_view(&plan->matmul->as.matmul);
-    return sizes(&view, compressed, buffer);
+    return sizes(&view, plan_metadata_bytes(plan, &view), compressed, buffer);
 }
 
 API status_t cusparseLtSpMMACompress(const void *handle, const void *opaque, const void *dense,
@@ -140,7 +164,8 @@ API status_t cusparseLtSpMMACompress(const void *handle, const void *opaque, con
     TRY(find_plan(handle, opaque, &plan));
     emu.last_stream = (long)(intptr_t)stream;
     sparse_view_t view = plan_sparse_view(&plan->matmul->as.matmul);
-    return compress(&view, plan->layout, dense, compressed, buffer);
+    int64_t metadata = plan_metadata_bytes(plan, &view);
+    return compress(&view, plan->layout, metadata, dense, compressed, buffer);
 }
 
 API status_t cusparseLtSpMMACompressedSize2(const void *handle, const void *mat,
@@ -149,7 +174,7 @@ API status_t cusparseLtSpMMACompressedSize2(const void *handle, const void *mat,
     sparse_view_t view;
     TRY(descriptor_view(handle, mat, 1, OP_N, &view));
     view.batches = 1; /* it counts one batch */
-    return sizes(&view, compressed, buffer);
+    return sizes(&view, bare_metadata_bytes(&view), compressed, buffer);
 }
 
 API status_t cusparseLtSpMMACompress2(const void *handle, const void *mat, int is_a, int op,
@@ -159,7 +184,8 @@ API status_t cusparseLtSpMMACompress2(const void *handle, const void *mat, int i
     sparse_view_t view;
     TRY(descriptor_view(handle, mat, is_a, op, &view));
     emu.last_stream = (long)(intptr_t)stream;
-    return compress(&view, emu_default_layout(), dense, compressed, buffer);
+    layout_t layout = layout_of_type(emu_default_layout(), view.dtype);
+    return compress(&view, layout, bare_metadata_bytes(&view), dense, compressed, buffer);
 }
 
 static bool group_is_24(const sparse_view_t *view, const void *dense, int64_t at) {

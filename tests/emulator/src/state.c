@@ -12,8 +12,9 @@ typedef struct { uint64_t magic; const void *self; object_t *object; } opaque_t;
 
 state_t emu;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static layout_t default_layout, layout_of_alg[256];
+static layout_t default_layout, layout_of_alg[256], layout_of_width;
 static bool has_layout_of_alg[256];
+static int64_t width_with_layout;
 static struct { int status, skip; } failures[FUNCTION_COUNT];
 static atomic_long calls[FUNCTION_COUNT];
 static atomic_int live[KIND_COUNT];
@@ -35,6 +36,10 @@ API void emu_reset(void) {
     emu.noop = 0;
     emu.thread_check = 1;
     emu.per_plan = 0;
+    emu.full_sizes = 0;
+    emu.default_split_k = 1;
+    emu.empty_pair = 0xE;
+    width_with_layout = -1;
     emu.workspace = -1;
     emu.hangs = emu.order_violations = emu.unpruned_groups = 0;
     emu.last_alg = -1;
@@ -162,11 +167,12 @@ layout_t emu_default_layout(void) {
     return layout;
 }
 
-layout_t emu_plan_layout(int alg_id) {
+layout_t emu_plan_layout(int alg_id, int64_t width) {
     pthread_mutex_lock(&lock);
     layout_t layout = default_layout;
     if (emu.per_plan) layout = (layout_t){RANDOM_BITS, default_layout.seed + 1 + (uint64_t)alg_id};
     if (alg_id >= 0 && alg_id < 256 && has_layout_of_alg[alg_id]) layout = layout_of_alg[alg_id];
+    if (width == width_with_layout) layout = layout_of_width;
     pthread_mutex_unlock(&lock);
     return layout;
 }
@@ -174,7 +180,8 @@ layout_t emu_plan_layout(int alg_id) {
 int find_layout(const char *name) {
     static const struct { const char *text; int name; } known[] = {
         {"plain", PLAIN}, {"blocked", BLOCKED}, {"sm80", BLOCKED}, {"auto", BLOCKED},
-        {"sm90_atom", SM90_ATOM}, {"sm90_interleaved", SM90_INTERLEAVED}, {"random", RANDOM_BITS},
+        {"eight_bit", EIGHT_BIT}, {"sm90_atom", SM90_ATOM}, {"sm90_interleaved", SM90_INTERLEAVED},
+        {"sm90_published", SM90_PUBLISHED}, {"random", RANDOM_BITS},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(known[i].text, name) == 0) return known[i].name;
@@ -197,6 +204,22 @@ API int emu_set_layout_of_algorithm(int alg_id, const char *name, uint64_t seed)
     layout_of_alg[alg_id] = (layout_t){found, seed};
     has_layout_of_alg[alg_id] = true;
     pthread_mutex_unlock(&lock);
+    return SUCCESS;
+}
+
+API int emu_set_layout_of_width(int64_t width, const char *name, uint64_t seed) {
+    int found = find_layout(name);
+    if (found < 0 || width < 1) return INVALID_VALUE;
+    pthread_mutex_lock(&lock);
+    layout_of_width = (layout_t){found, seed};
+    width_with_layout = width;
+    pthread_mutex_unlock(&lock);
+    return SUCCESS;
+}
+
+API int emu_set_empty_pair(int i0, int i1) {
+    if (i0 < 0 || i0 > 3 || i1 < 0 || i1 > 3 || i0 == i1) return INVALID_VALUE;
+    emu.empty_pair = i0 | i1 << 2;
     return SUCCESS;
 }
 
@@ -234,6 +257,8 @@ API void emu_set_noop(int on) { emu.noop = on; }
 API void emu_set_thread_check(int on) { emu.thread_check = on; }
 API void emu_set_layout_per_plan(int on) { emu.per_plan = on; }
 API void emu_set_workspace(long bytes) { emu.workspace = bytes; }
+API void emu_set_full_sizes(int on) { emu.full_sizes = on; }
+API void emu_set_default_split_k(int value) { emu.default_split_k = value; }
 
 API int emu_live_objects(int kind) {
     if (kind < 0 || kind >= KIND_COUNT) return -1;
