@@ -83,7 +83,7 @@ ORDER = {
         "layers.casting layers.shards",
         "layers.plain",
         "layers.autograd",
-        "layers.functional layers.presets",
+        "layers.functional layers.presets layers.schedule_state",
         "layers.modules layers.report layers.unsuitable",
         "layers.convert",
         "layers.stepping",

@@ -77,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="search in this process, for GPUs that allow one only: algorithms that may hang are "
         "left out then, instead of tried in a process that is killed",
     )
-    parser.add_argument("--json", metavar="PATH", help="write the decisions as JSON; - for stdout")
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from torch.fx import Proxy
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import SDGPError, type_error
 from sdgp_cusparselt.layers import autograd, casting, functional, plain
+from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
+from sdgp_cusparselt.layers.schedule_state import ScheduleState
 from sdgp_cusparselt.recording.records import LayerRecord
 
 _STATE = (
@@ -250,6 +252,9 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
     )
     module.__dict__.update(zip(_STATE, state, strict=True))
     module.__class__ = target
+    if config.schedule is not None:
+        assert isinstance(module, SDGPModule)
+        module.add_module(SCHEDULE, ScheduleState(module))
 
 
 def check_releasable(function: str, module: nn.Module) -> None:
@@ -272,6 +277,7 @@ def release_(module: nn.Module) -> None:
     module.__class__ = dense_class  # type: ignore[assignment]
     for name in _STATE:
         del module.__dict__[name]
+    module._modules.pop(SCHEDULE, None)
 
 
 def _twin(module: nn.Module) -> Any:

@@ -19,7 +19,7 @@ from tests.emulator.control import Emulator
 
 
 def test_json_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parser.main(["info", "--json"]) == 0
+    assert parser.main(["info", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["torch"].startswith(torch.__version__.split("+")[0])
     assert report["backend dense"] == "available"
@@ -42,7 +42,7 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch) -> None
     junk = tmp_path / "libcusparseLt.so.0"
     junk.write_bytes(b"not a library")
     result = subprocess.run(
-        [sys.executable, "-m", "sdgp_cusparselt", "info", "--json"],
+        [sys.executable, "-m", "sdgp_cusparselt", "info", "--json", "-"],
         env={"CUSPARSELT_LIBRARY": str(junk), "PATH": "", "PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
@@ -79,7 +79,7 @@ def test_learned_layouts_are_listed(
     grad_output, weight = torch.randn(256, 64).bfloat16(), torch.randn(64, 32).bfloat16()
     operands = LinearGradInput(grad_output, weight)
     sparse_product(emulated_backend, operands, sdgp.SDGPConfig(prune="magnitude"))
-    assert parser.main(["info", "--json"]) == 0
+    assert parser.main(["info", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     (line,) = [value for key, value in report.items() if key.startswith("layout: ")]
     assert line.endswith("proven for 1 plans of 256x64")
