@@ -8,7 +8,7 @@ export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-abi test-slow lint bench campaign gpu-check docs clean
+.PHONY: install resolve constraints demo test test-abi test-slow lint bench campaign gpu-check docs clean
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -16,11 +16,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Without installing anything: do the pins resolve for every Python and both builds of torch?
+resolve: $(STAMP)
+	UV=$(BIN)/uv .ci/resolve
+
+# Pins what pyproject.toml names and constraints.txt does not; UPGRADE="-P numpy" renews one.
+constraints: $(STAMP)
+	UV=$(BIN)/uv .ci/constraints $(UPGRADE)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck docker/install.sh docker/slurm.sbatch
+	$(BIN)/shellcheck .ci/run .ci/resolve .ci/constraints docker/install.sh docker/slurm.sbatch
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 # Real training on data inside packages, dense beside pruned; under three minutes on two cores.
