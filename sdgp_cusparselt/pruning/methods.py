@@ -198,8 +198,9 @@ def magnitude_bits(x: Tensor) -> Tensor:
 def _select(x: Tensor, mask: Tensor) -> Tensor:
     """Return x where mask else +0.0, on the bits: twice as fast as torch.where on a CPU."""
     bits = x.view(_BITS[x.element_size()])
-    # True is 1; its negative has every bit set, and widening keeps it so.
-    kept: Tensor = mask.view(torch.int8).neg().to(bits.dtype).bitwise_and_(bits)
+    # True is 1; its negative has every bit set, and widening keeps it so. A cast and no view:
+    # the compiler of torch before 2.12 reads a bool seen as int8 wrongly.
+    kept: Tensor = mask.to(torch.int8).neg_().to(bits.dtype).bitwise_and_(bits)
     return kept.view(x.dtype)
 
 
