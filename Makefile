@@ -8,7 +8,7 @@ export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install resolve constraints demo test test-abi test-slow lint bench campaign gpu-check docs clean
+.PHONY: install resolve constraints demo test test-abi test-portable test-slow test-foreign lint bench campaign gpu-check docs clean
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run .ci/resolve .ci/constraints docker/install.sh docker/slurm.sbatch
+	$(BIN)/shellcheck .ci/run .ci/resolve .ci/constraints .ci/portable docker/install.sh docker/slurm.sbatch
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 # Real training on data inside packages, dense beside pruned; under three minutes on two cores.
@@ -40,6 +40,10 @@ demo: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow"
+
+# The numbers again, on four machines that this one can pose as, with one thread and with four.
+test-portable: $(STAMP)
+	PYTHON=$(BIN)/python .ci/portable
 
 # Downloads the seven wheels that the binding promises to fit (1.4 GB, once, into build/wheels).
 test-abi: $(STAMP)
