@@ -39,7 +39,7 @@ demo: $(STAMP)
 	  --methods dense,magnitude,mvue --out runs/demo/code-lm --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow and not foreign"
 
 # The numbers again, on four machines that this one can pose as, with one thread and with four.
 test-portable: $(STAMP)
@@ -59,6 +59,11 @@ docs: $(STAMP)
 # Training to stated accuracy, fresh environments: minutes each.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+# Samples, models and libraries that others wrote; closes with its counts and known differences.
+test-foreign: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[foreign]'
+	$(BIN)/python -m pytest -q -m foreign tests/foreign
 
 # What a CPU can measure: the fallback, the reference packer, the binding, all as ratios in one run.
 bench: $(STAMP)
