@@ -69,10 +69,8 @@ def pruned_conv2d(
     dtype = casting.autocast_dtype(input)
     if dtype is not None:
         input, weight, bias = _cast(dtype, input, weight, bias)
-    batched = input if input.ndim == 4 else input.unsqueeze(0)
     choices, geometry = _choices(config, record), ops.flat_geometry(conv)
-    output = _CONV2D(batched, weight, bias, *choices, *geometry)
-    return output if input.ndim == 4 else output.squeeze(0)
+    return _CONV2D(input, weight, bias, *choices, *geometry)
 
 
 def _cast(dtype: torch.dtype, *operands: Tensor | None) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.layers.autograd import pruned_conv2d, pruned_linear
-from sdgp_cusparselt.layers.plain import prunes
+from sdgp_cusparselt.layers.plain import conv2d_prunes, linear_prunes, may_prune
 from sdgp_cusparselt.recording.records import LayerRecord
 
 _NO_RECORD = LayerRecord()
@@ -59,7 +59,7 @@ def linear(
     """
     _check("linear", config, input, weight)
     record = _NO_RECORD if record is None else record
-    if not prunes(input, weight, config, record):
+    if not linear_prunes(input, weight, config, record):
         return F.linear(input, weight, bias)
     return pruned_linear(input, weight, bias, config, record)
 
@@ -110,11 +110,16 @@ def conv2d(
     steps, reach = _pair("stride", stride), _pair("dilation", dilation)
     edges = _edges(padding, steps)
     images = weight.ndim == 4 and input.ndim in (3, 4)  # torch says what is wrong with others
-    if not images or not prunes(input, weight, config, record):
+    if not images or not may_prune(input, weight, config, record):
         return F.conv2d(input, weight, bias, steps, edges, reach, groups)
-    input, pads = _padded(input, weight, edges, reach)
+    batch = input if input.ndim == 4 else input.unsqueeze(0)
+    batch, pads = _padded(batch, weight, edges, reach)
     conv = ConvGeometry(steps, pads, reach, groups)
-    return pruned_conv2d(input, weight, bias, conv, config, record)
+    if conv2d_prunes(batch, weight, conv, config, record):
+        output = pruned_conv2d(batch, weight, bias, conv, config, record)
+    else:
+        output = F.conv2d(batch, weight, bias, steps, pads, reach, groups)
+    return output if input.ndim == 4 else output.squeeze(0)
 
 
 def _check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> None:

@@ -12,7 +12,9 @@ from torch.fx import Proxy
 
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import SDGPError, type_error
-from sdgp_cusparselt.layers import autograd, casting, functional, plain
+from sdgp_cusparselt.layers import casting, functional
+from sdgp_cusparselt.layers.autograd import pruned_linear
+from sdgp_cusparselt.layers.plain import linear_prunes, may_prune
 from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
 from sdgp_cusparselt.layers.schedule_state import ScheduleState
 from sdgp_cusparselt.recording.records import LayerRecord
@@ -73,10 +75,6 @@ class SDGPModule(nn.Module):
         release_(twin)
         return twin
 
-    def sdgp_prunes(self, input: Tensor, weight: Tensor) -> bool:
-        """Whether anything of this call's backward is pruned; else the layer is torch's own."""
-        return self.sdgp_enabled and plain.prunes(input, weight, self.sdgp_config, self.sdgp_record)
-
     def sdgp_set_step(self, step: int) -> None:
         """Take the configuration that holds at a step of the schedule."""
         self.sdgp_config = self.sdgp_base_config.at(step)
@@ -98,11 +96,10 @@ class SDGPLinear(SDGPModule, nn.Linear):
         """Return input @ weight.T + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
-        if not self.sdgp_prunes(input, self.weight):
+        config, record = self.sdgp_config, self.sdgp_record
+        if not self.sdgp_enabled or not linear_prunes(input, self.weight, config, record):
             return super().forward(input)
-        return autograd.pruned_linear(
-            input, self.weight, self.bias, self.sdgp_config, self.sdgp_record
-        )
+        return pruned_linear(input, self.weight, self.bias, config, record)
 
 
 class SDGPConv2d(SDGPModule, nn.Conv2d):
@@ -112,7 +109,8 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
         """Return the convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
         if is_traced(input):
             return _as_leaf(self, input)
-        if not self.sdgp_prunes(input, self.weight):
+        config, record = self.sdgp_config, self.sdgp_record
+        if not self.sdgp_enabled or not may_prune(input, self.weight, config, record):
             return super().forward(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -126,8 +124,8 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
             padding,
             self.dilation,
             self.groups,
-            config=self.sdgp_config,
-            record=self.sdgp_record,
+            config=config,
+            record=record,
         )
 
 
@@ -152,14 +150,14 @@ class SDGPConv1D(SDGPModule):
         """Return input @ weight + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
-        weight = self.weight.t()
-        if not self.sdgp_prunes(input, weight):
+        weight, config, record = self.weight.t(), self.sdgp_config, self.sdgp_record
+        if not self.sdgp_enabled or not linear_prunes(input, weight, config, record):
             output: Tensor = super().forward(input)
             return output
         dtype = casting.autocast_dtype(input)
         if dtype is not None:  # the Parameter itself is cast: no copy is kept of a view
             weight = casting.cast(self.weight, dtype).t()
-        return autograd.pruned_linear(input, weight, self.bias, self.sdgp_config, self.sdgp_record)
+        return pruned_linear(input, weight, self.bias, config, record)
 
     def __repr__(self) -> str:
         """Return name, sizes and the active pruning."""

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import sdgp_cusparselt as sdgp
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.config.schedule import Schedule
+from sdgp_cusparselt.products import routes
 from tests.helpers import assert_product
 
 PRUNED = sdgp.SDGPConfig(prune="magnitude")
@@ -158,3 +161,43 @@ def test_a_gradient_of_a_gradient_that_is_constant_needs_no_derivative() -> None
     assert torch.equal(x.grad, first)
     pruned = sdgp.prune(grad_output).reshape(-1, 8)
     assert_product(first.reshape(-1, 4), pruned, ours.weight)
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with sparse tensor cores and no library for them: every product runs plain."""
+
+    class Bare(Machine):
+        def hardware_reasons(self, device: torch.device | None = None) -> list[str]:
+            return []
+
+        def software_reasons(self) -> list[str]:
+            return ["there is no library"]
+
+    monkeypatch.setattr(routes, "LIBRARY", CusparseLtBackend(Bare("cpu")))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.filterwarnings("ignore::sdgp_cusparselt.SDGPFallbackWarning")
+@pytest.mark.usefixtures("without_library")
+def test_once_a_layer_is_known_to_run_plain_it_is_torchs_own(kind: str, autocast: bool) -> None:
+    ours, plain, x = pair(kind, PRUNED)
+    ours.float(), plain.float()
+    x = x.float().requires_grad_()
+    calls = ours.sdgp_record.calls
+    for number, node in enumerate(("Transformed", type(plain(x).grad_fn).__name__)):
+        grads = []
+        for layer in (ours, plain):
+            x.grad = None
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = layer(x)
+            y.square().sum().backward()
+            assert layer is plain or node in type(y.grad_fn).__name__
+            grads.append([x.grad, *(p.grad for p in layer.parameters())])
+        assert all(map(torch.equal, *grads))
+        assert calls["grad_input", "plain"] == number + 1
+    assert ours.sdgp_record.fallbacks["grad_input", "there is no library"] == 2
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert all(map(torch.equal, second_derivatives(ours, x), second_derivatives(plain, x)))
