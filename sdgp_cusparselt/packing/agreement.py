@@ -5,6 +5,7 @@ is compiled into a kernel of its own, by whatever compiler this machine has; the
 is compared here, byte for byte, on an operand that is small and takes the same tile.
 """
 
+import math
 import threading
 from typing import Any
 
@@ -128,13 +129,14 @@ def _small(
         if layout is not None:
             sides[turned] = max(sides[turned], layout.tile_rows)
             sides[1 - turned] = max(sides[1 - turned], 4 * layout.tile_groups)
-    shape = min(rows, sides[0]), min(cols, sides[1])
-    if tokens_per_sample is None or tokens_per_sample >= shape[0]:
-        return (shape, None) if _fit(shape, layouts, x) else ((rows, cols), None)
-    shape = shape[0] - shape[0] % tokens_per_sample, shape[1]
-    if _fit(shape, layouts, x):
-        return shape, tokens_per_sample
-    return (rows, cols), tokens_per_sample
+    per_sample = tokens_per_sample
+    if per_sample is None or per_sample >= min(rows, sides[0]):
+        heights, per_sample = [min(rows, sides[0]), rows], None
+    else:
+        whole = math.lcm(per_sample, sides[0])
+        heights = [sides[0] - sides[0] % per_sample, min(whole, rows), rows]
+    shapes = [(height, width) for width in (min(cols, sides[1]), cols) for height in heights]
+    return next((s for s in shapes if _fit(s, layouts, x)), (rows, cols)), per_sample
 
 
 def _fit(

@@ -73,6 +73,24 @@ def test_samples_of_any_length(device: str, tokens_per_sample: int | None) -> No
     assert packer_fault(x, **wanted, tokens="rescaled_magnitude", **TRITON) is None
 
 
+@pytest.mark.parametrize(
+    "rows, cols, tokens_per_sample, want",
+    [
+        (8192, 4096, None, ((256, 256), None)),
+        (8192, 4096, 8192, ((256, 256), None)),  # one sample is taller than any block
+        (8192, 48, 64, ((256, 48), 64)),
+        (25600, 4096, 100, ((6400, 256), 100)),  # whole samples in whole tiles
+        (16, 64, None, ((16, 64), None)),
+    ],
+)
+def test_the_operand_that_stands_for_another(
+    rows: int, cols: int, tokens_per_sample: int | None, want: tuple[object, int | None]
+) -> None:
+    x = torch.empty(1, dtype=torch.bfloat16).expand(rows, cols)
+    layout = layouts.default_layout(rows, cols)
+    assert agreement._small(x, (layout, None), tokens_per_sample) == want
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("part", ["values", "metadata"])
 def test_one_wrong_bit_is_found(
