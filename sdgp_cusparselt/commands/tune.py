@@ -25,7 +25,7 @@ from sdgp_cusparselt.layers.modules import SDGPConv1D, sdgp_class_of
 from sdgp_cusparselt.planner.gemms import DENSE_MULTIPLE, SPARSE_MULTIPLE, trace_step
 from sdgp_cusparselt.planner.gemms import Gemm as TracedGemm
 from sdgp_cusparselt.planner.models import PRESETS, load
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.tuning import Decision, default_cache, tune
 from sdgp_cusparselt.tuning.child import cusparselt_executor
 from sdgp_cusparselt.tuning.decision import MATMUL, Key, describe_candidate
@@ -77,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="search in this process, for GPUs that allow one only: algorithms that may hang are "
         "left out then, instead of tried in a process that is killed",
     )
-    parser.add_argument("--json", metavar="PATH", help="write the decisions as JSON; - for stdout")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -87,7 +86,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Tune, print the table; 2 where nothing can be tuned or the arguments name nothing."""
-    backend = next(b for b in dispatch.BACKENDS if isinstance(b, CusparseLtBackend))
+    backend = routes.LIBRARY
     reasons = backend.machine_reasons()
     if reasons:
         return _cannot(f"nothing to tune on this machine: {'; '.join(reasons)}")

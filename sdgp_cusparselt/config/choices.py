@@ -16,8 +16,8 @@ from sdgp_cusparselt.errors import type_error, value_error
 
 GradWeightMode = Literal["dense", "sparse"]
 BackendName = Literal["auto", "cusparselt", "dense"]
-OnUnsupported = Literal["dense", "raise"]
-OnSlower = Literal["dense", "prune"]
+OnUnsupported = Literal["plain", "emulate", "raise"]
+OnSlower = Literal["plain", "emulate"]
 TunePolicy = Literal["auto", "first_use", "ahead", "never"]
 
 
@@ -36,12 +36,15 @@ class SDGPConfig:
             gradient. 0 prunes, 1 is dense; between them the gradient has no zeros: emulated.
         grad_weight: "dense" as in the paper, or "sparse": grad_output pruned 2:4 along tokens.
         grad_weight_prune: method for that pruning; mvue, because a biased one does not train.
-        backend: "auto", or "cusparselt" or "dense" to force one.
-        on_unsupported: what to do where the wanted backend cannot run: "dense" announces it once
-            per layer and reason and counts it, "raise" raises NotSupportedError.
+        backend: "auto": sparse or plain where the tensors' device has sparse tensor cores, emulated
+            where it has none. "cusparselt": sparse also where that was measured slower. "dense":
+            emulated, pruned and multiplied densely, on any device.
+        on_unsupported: what to do where a product cannot run sparse: "plain" leaves its gradient
+            unpruned, as without this package, "emulate" prunes it and multiplies densely, "raise"
+            raises NotSupportedError. The first two say so once for each reason and count it.
         on_slower: what backend "auto" does where the sparse path was measured slower than dense:
-            "dense" leaves the gradient unpruned, so that no shape is slower than without this
-            package; "prune" prunes all the same, so that the numbers do not depend on the GPU.
+            "plain" leaves the gradient unpruned, so that no shape is slower than without this
+            package; "emulate" prunes all the same, so that the numbers do not depend on the GPU.
         tune: how shapes get onto the sparse path, once per GPU and version. "auto" takes what was
             decided before, and else tries a few algorithms when a shape first occurs (about 2 s a
             shape, 60 s a process, nothing where the GPU's published speeds rule a gain out);
@@ -65,8 +68,8 @@ class SDGPConfig:
     grad_weight: GradWeightMode = "dense"
     grad_weight_prune: PruneMethod = "mvue"
     backend: BackendName = "auto"
-    on_unsupported: OnUnsupported = "dense"
-    on_slower: OnSlower = "dense"
+    on_unsupported: OnUnsupported = "plain"
+    on_slower: OnSlower = "plain"
     tune: TunePolicy = "auto"
     check_every: int = 0
     telemetry_every: int = 0

@@ -35,11 +35,14 @@ class Point:
 
 
 def result_files(folder: Path) -> list[tuple[GPU, Path]]:
-    """List the result files below ``folder`` that belong to a GPU the planner knows."""
+    """List the result files below ``folder`` that belong to a GPU the planner knows.
+
+    An empty one is no result: a run that was stopped may leave it.
+    """
     found = []
     for path in sorted(folder.glob("*/*.json")):
         gpu = gpu_of(path.parent.name)
-        if gpu is not None:
+        if gpu is not None and path.stat().st_size:
             found.append((gpu, path))
     return found
 

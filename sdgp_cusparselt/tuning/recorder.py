@@ -39,7 +39,8 @@ class ShapeLog:
         Path(path).write_text(json.dumps(self.as_list(), indent=1) + "\n", encoding="utf-8")
 
 
-_active: list[ShapeLog] = []
+#: The logs that are being written; products look at it before they do anything for it.
+ACTIVE: list[ShapeLog] = []
 
 
 @contextmanager
@@ -56,20 +57,19 @@ def record_shapes() -> Iterator[ShapeLog]:
         0
     """
     log = ShapeLog()
-    _active.append(log)
+    ACTIVE.append(log)
     try:
         yield log
     finally:
         # By identity, because logs of nested recorders may hold the same products.
-        _active[:] = [other for other in _active if other is not log]
+        ACTIVE[:] = [other for other in ACTIVE if other is not log]
 
 
 def note(gemm: Gemm, *, method: str, transpose: bool, rival: str = MATMUL.name) -> None:
     """Tell the active recorders of a product; does nothing without one."""
-    if _active:
-        key = Key(gemm, method, transpose, rival)
-        for log in list(_active):
-            log.add(key)
+    key = Key(gemm, method, transpose, rival)
+    for log in list(ACTIVE):
+        log.add(key)
 
 
 def entry_of(key: Key) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 Writes what rank 0 found to the JSON file in argv[1]; test_distributed.py judges it.
 """
 
-import contextlib
 import copy
 import datetime
 import json
 import os
 import runpy
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.tuning import Decision, TuningCache, decision_for
+from tests.helpers import in_float64
 from tests.loops.examples import EXAMPLES, load, pruned_by
 from tests.tuning.fakes import GEMM, FakeExecutor, fixed
 
@@ -53,22 +52,6 @@ def scripts() -> None:
         for name in ("ddp", "fsdp2"):
             sys.argv = [name, "--steps", "1"]
             runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-
-
-@contextlib.contextmanager
-def in_float64() -> Iterator[None]:
-    """Have new models compute in float64.
-
-    Half batches add up in another order than whole ones. In float32 that decides now and then which
-    of two nearly equal gradients survives, differently with each CPU's libraries; AdamW makes a
-    full step of it.
-    """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def examples(found: dict[str, Any]) -> None:
@@ -146,13 +129,13 @@ def one_rank_decides(found: dict[str, Any], folder: Path) -> None:
 
 def block() -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).double()
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     torch.manual_seed(4)
     model.zero_grad()
-    model(torch.randn(8, 16)).square().sum().backward()
+    model(torch.randn(8, 16).double()).square().sum().backward()
     grads = (p.grad for p in model.parameters())
     return [getattr(g, "full_tensor", lambda g=g: g)() for g in grads]
 

@@ -14,7 +14,7 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.commands.parser import main
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.tuning import note, record_shapes, store
 from sdgp_cusparselt.tuning.shapes import read_shapes
 from tests.emulator.build import build
@@ -35,7 +35,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Emulat
     emulator.reset()
     emulator.max_alg_id(2)
     backend = CusparseLtBackend(Machine("cpu", cslt.load(emulator.path)))
-    monkeypatch.setattr(dispatch, "BACKENDS", [backend, dispatch.BACKENDS[-1]])
+    monkeypatch.setattr(routes, "LIBRARY", backend)
     monkeypatch.setattr(store, "_default", store.TuningCache(tmp_path / "cache"))
     yield emulator
     backend.plans.clear()
@@ -121,8 +121,9 @@ def test_without_a_usable_gpu_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     absent = CusparseLtBackend(Machine("cuda"))
-    monkeypatch.setattr(absent.machine, "_reasons", ["torch sees no CUDA device"])
-    monkeypatch.setattr(dispatch, "BACKENDS", [absent, dispatch.BACKENDS[-1]])
+    reasons = ["torch sees no CUDA device"]
+    monkeypatch.setattr(absent.machine, "hardware_reasons", lambda *_: reasons)
+    monkeypatch.setattr(routes, "LIBRARY", absent)
     assert main([*TUNE, "--shapes", "nothing.json"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
@@ -190,12 +191,12 @@ def test_recorded_in_one_run_tuned_and_read_in_the_next(emulator: Emulator, tmp_
 
     with sdgp.record_shapes() as shapes, pytest.warns(sdgp.SDGPFallbackWarning) as caught:
         step()
-    assert len(caught) == 4 and all("run sdgp tune" in str(w.message) for w in caught)
+    assert len(caught) == 1 and "run sdgp tune" in str(caught[0].message)
     shapes.write(tmp_path / "shapes.json")
     assert main([*TUNE, "--shapes", str(tmp_path / "shapes.json")]) == 0
     store.default_cache().forget()
     for entry in sdgp.telemetry(step(backend="cusparselt", telemetry_every=1)).layers:
-        assert entry["calls"] == {"cusparselt": 1} and not entry["fallbacks"]
+        assert entry["calls"] == {"sparse": 1} and not entry["fallbacks"]
         assert set(entry["median_us"]) == {"pack", "matmul", "total"}
         assert 0 < entry["gradient_error"]["relative_l2"] < 1
 
@@ -220,7 +221,7 @@ def test_a_search_in_a_process_of_its_own(
     (decision,) = json.loads(capsys.readouterr().out)["decisions"]
     assert decision["candidate"] is not None and decision["conditions"]["candidates_timed"] == 4
     assert emulator.calls("cusparseLtMatmul") == 0, "nothing is tried in this process"
-    (stored,) = store.default_cache().decisions(dispatch.BACKENDS[0], CPU)
+    (stored,) = store.default_cache().decisions(routes.LIBRARY, CPU)
     assert stored.as_dict() == decision
 
 
