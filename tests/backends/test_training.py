@@ -226,6 +226,19 @@ def test_the_default_tunes_at_first_use_and_says_so(
     assert capsys.readouterr().err == ""
 
 
+def test_what_cannot_win_on_a_card_runs_plain_without_a_word(
+    emulated: CusparseLtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = {**emulated.machine.key(torch.device("cpu")), "device": "NVIDIA A100-SXM4-80GB"}
+    monkeypatch.setattr(emulated.machine, "key", lambda device: key)
+    layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x).backward(grad_output)
+    assert dict(layer.sdgp_record.calls) == {("grad_input", "plain"): 1}
+    assert torch.equal(x.grad, grad_output @ layer.weight.detach())
+
+
 def test_untuned_shapes_run_plain_and_say_so(emulated: CusparseLtBackend) -> None:
     layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude", tune="ahead"))
     with pytest.warns(sdgp.SDGPFallbackWarning, match="not tuned yet: run sdgp tune"):
