@@ -44,7 +44,6 @@ class Problem:
         config: what the user chose.
         dense_order: "row" or "col", how the [K, N] operand lies in memory.
         spatial: sizes of a convolution's grad_output, and height and width of its input.
-        readable: whether a library can read the [K, N] operand where and as it lies.
     """
 
     product: Product
@@ -59,7 +58,6 @@ class Problem:
     channels_last: bool = True
     dense_order: Literal["row", "col"] = "row"
     spatial: tuple[int, ...] = ()
-    readable: bool = True
 
     @property
     def draws(self) -> bool:

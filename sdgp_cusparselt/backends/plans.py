@@ -15,7 +15,6 @@ from pycusparselt.loader import Library
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
-from sdgp_cusparselt.recording.spans import is_capturing as is_capturing
 
 DATA_TYPES = {torch.bfloat16: cslt.DataType.R_16BF, torch.float16: cslt.DataType.R_16F}
 
@@ -249,3 +248,8 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def current_stream(device: torch.device) -> int:
     """Return the current CUDA stream as an integer; 0 for a CPU."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is being recorded into a CUDA graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -3,12 +3,7 @@
 import torch
 
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem
-from sdgp_cusparselt.backends.plans import (
-    ALIGNMENT,
-    DATA_TYPES,
-    DENSE_MULTIPLE,
-    STRUCTURED_MULTIPLE,
-)
+from sdgp_cusparselt.backends.plans import DATA_TYPES, DENSE_MULTIPLE, STRUCTURED_MULTIPLE
 from sdgp_cusparselt.config.patterns import HARDWARE_PATTERNS
 
 #: The library counts the elements of a matrix in 32 bits.
@@ -41,11 +36,6 @@ def shape_reasons(problem: Problem) -> list[str]:
     for name, value, multiple in rules:
         if value % multiple:
             reasons.append(f"{name} is {value}, no multiple of {multiple}")
-    if not problem.readable:
-        reasons.append(
-            "the weight is neither row- nor column-major from an address divisible by "
-            f"{ALIGNMENT}: it would be copied for every product"
-        )
     if 0 in (m, n, k):
         reasons.append("the product is empty")
     if max(m * k, k * n, m * n) > MAX_ELEMENTS:

@@ -15,7 +15,6 @@ from sdgp_cusparselt.backends.dense import (
     dense_conv2d_grad_parameters,
     dense_linear_grad_input,
 )
-from sdgp_cusparselt.backends.plans import dense_order
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.products.dispatch import Ways, compute, run, settle
 from sdgp_cusparselt.recording.records import LayerRecord
@@ -79,7 +78,6 @@ def _for_input(grad_output: Tensor, weight: Tensor, config: SDGPConfig) -> tuple
         grad_output.device,
         config,
         dense_order="col" if column_major else "row",
-        readable=dense_order(weight) is not None,
     )
     ways = Ways(
         lambda backend, candidate: backend.linear_grad_input(

@@ -1,34 +1,30 @@
 """Which packer feeds a plan, and that the plan is what was asked for, against the emulator."""
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends import certificates, cusparselt, plans
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.errors import CusparseLtError
 from sdgp_cusparselt.packing import certify, trials
-from sdgp_cusparselt.products import dispatch
 from sdgp_cusparselt.tuning import proof
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product, oracle_magnitude
 
-CONFIG = sdgp.SDGPConfig(prune="magnitude")
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 
 
-def right(backend: CusparseLtBackend, tokens: int = 256, k: int = 64, n: int = 32) -> Tensor:
-    """A product that must be the dense one, whoever packed it."""
-    grad_output, weight = torch.randn(tokens, k).bfloat16(), torch.randn(k, n).bfloat16()
-    result = backend.linear_grad_input(grad_output, weight, CONFIG)
-    assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
-    return result
+def right(backend: CusparseLtBackend, tokens: int = 256, k: int = 64, n: int = 32) -> None:
+    """Check a product, which must be the dense one, whoever packed."""
+    x, dense = torch.randn(tokens, k).bfloat16(), torch.randn(k, n).bfloat16()
+    gemm = Gemm(tokens, n, k, BF16, "row", CPU)
+    packed = backend.pack(x, gemm, Candidate(0), method="magnitude")
+    result = backend.matmul(packed, dense, gemm, Candidate(0))
+    assert_product(result, oracle_magnitude(x, 2, 4, 1), dense)
 
 
 LAYOUTS = ["plain", "blocked", "sm90_atom", "sm90_interleaved", "sm90_published", "random"]
@@ -140,9 +136,14 @@ def test_nothing_is_proven_under_capture(
     assert backend.certificate(gemm, Candidate(0)).proven
 
 
+@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("compared", [True, False])
 def test_a_kernel_that_disagrees_is_not_used(
-    backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, compared: bool
+    backend: CusparseLtBackend,
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    compared: bool,
+    transpose: bool,
 ) -> None:
     asked = []
 
@@ -151,17 +152,16 @@ def test_a_kernel_that_disagrees_is_not_used(
         return None if compared else "it differs in 3 bytes"
 
     monkeypatch.setattr(cusparselt, "packer_fault", fault)
-    config = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
-    grad_output, weight = torch.randn(64, 32).bfloat16(), torch.randn(32, 16).bfloat16()
-    input = torch.randn(64, 16).bfloat16()
-    candidates = (Candidate(0), Candidate(0))
-    backend.linear_grads(grad_output, weight, input, config, candidates)
+    x, dense = torch.randn(64, 32).bfloat16(), torch.randn(32, 16).bfloat16()
+    gemm = Gemm(64, 16, 32, BF16, "row", CPU)
+    assert backend.certificate(gemm, Candidate(0)).proven
     before = emulator.calls("cusparseLtSpMMACompress")
-    for_input, for_weight = backend.linear_grads(grad_output, weight, input, config, candidates)
-    used = emulator.calls("cusparseLtSpMMACompress") - before
-    assert used == (0 if compared else 2) and asked[0] == ("magnitude", "magnitude")
-    assert_product(for_input, oracle_magnitude(grad_output, 2, 4, 1), weight)
-    assert_product(for_weight, oracle_magnitude(grad_output, 2, 4, 0).t(), input)
+    given = x.t().contiguous() if transpose else x
+    packed = backend.pack(given, gemm, Candidate(0), method="magnitude", transpose=transpose)
+    assert emulator.calls("cusparseLtSpMMACompress") - before == (0 if compared else 1)
+    assert asked == [(None, "magnitude") if transpose else ("magnitude", None)]
+    result = backend.matmul(packed, dense, gemm, Candidate(0))
+    assert_product(result, oracle_magnitude(x, 2, 4, 1), dense)
 
 
 class Widest(TorchDispatchMode):
@@ -225,26 +225,6 @@ def test_split_k_is_what_the_candidate_says_whatever_the_default(
         assert planned.plan.alg_selection.get(plans.cslt.AlgAttribute.SPLIT_K) == split
 
 
-def misaligned(x: Tensor) -> Tensor:
-    """The same matrix in the same order, two bytes further on."""
-    memory = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
-    return memory.as_strided(x.shape, x.stride(), memory.storage_offset()).copy_(x)
-
-
-@pytest.mark.parametrize("order", ["row", "col"])
-def test_a_misaligned_weight_keeps_the_plan_that_was_proven_for_it(
-    backend: CusparseLtBackend, order: str
-) -> None:
-    weight = torch.randn(64, 32).bfloat16()
-    weight = misaligned(weight if order == "row" else weight.t().contiguous().t())
-    grad_output = torch.randn(48, 64).bfloat16()
-    assert plans.dense_order(weight) is None and plans.stored_order(weight) == order
-    result = backend.linear_grad_input(grad_output, weight, CONFIG, Candidate(0))
-    assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
-    ((gemm, _),) = backend.certificates.known()
-    assert gemm.dense_order == order
-
-
 @pytest.mark.parametrize(
     "capability, safe, ids, splits, modes",
     [
@@ -281,24 +261,3 @@ def test_what_is_offered_in_this_process_and_in_one_that_may_hang(
 def test_a_long_reduction_is_split_on_sm8x(backend: CusparseLtBackend) -> None:
     offered = backend.offered(Gemm(64, 32, 256, BF16, "row", CPU))
     assert {c.split_k for c in offered} == {1, 2, 4}
-
-
-@pytest.mark.parametrize("lies", ["aligned", "misaligned", "with gaps"])
-def test_a_weight_that_would_be_copied_for_every_product_takes_no_plan(
-    backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, lies: str
-) -> None:
-    monkeypatch.setattr(dispatch, "BACKENDS", [backend, dispatch.BACKENDS[-1]])
-    weight = torch.randn(32, 48).bfloat16().t()
-    if lies == "misaligned":
-        weight = misaligned(weight)
-    if lies == "with gaps":
-        weight = torch.randn(48, 64).bfloat16()[:, ::2]
-    input = torch.randn(64, 32).bfloat16().requires_grad_()
-    grad_output = torch.randn(64, 48).bfloat16()
-    config = CONFIG.replace(tune="never")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sdgp.SDGPFallbackWarning)
-        sdgp.functional.linear(input, weight, config=config).backward(grad_output)
-    assert (emulator.calls("cusparseLtMatmul") > 0) == (lies == "aligned")
-    if lies == "aligned":
-        assert_product(input.grad, oracle_magnitude(grad_output, 2, 4, 1), weight)

@@ -241,7 +241,6 @@ def problem(**changes: object) -> Problem:
         ({"k": 40}, ["K (outputs) is 40, no multiple of 16"]),
         ({"n": 20, "k": 8}, ["K (outputs) is 8", "N (inputs) is 20, no multiple of 8"]),
         ({"m": 0}, ["the product is empty"]),
-        ({"readable": False}, ["it would be copied for every product"]),
         ({"m": 2**20, "k": 2**12}, ["more than 2147483647 elements"]),
         ({"dtype": torch.float32}, ["float32 runs 1:2"]),
         ({"dtype": torch.float64}, ["neither bfloat16 nor float16"]),
