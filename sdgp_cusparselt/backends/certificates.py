@@ -11,7 +11,6 @@ from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.backends.plans import (
     PlanCache,
     PlannedGemm,
-    is_capturing,
     on_device,
     planned_as,
 )
@@ -19,6 +18,7 @@ from sdgp_cusparselt.equivalence import compare, exact_bound
 from sdgp_cusparselt.packing.certify import Check, certify, plan_compress
 from sdgp_cusparselt.packing.proofs import Certificate, Proofs
 from sdgp_cusparselt.packing.trials import few_integers, share_of_nonzeros, some_rows, wide_product
+from sdgp_cusparselt.recording.spans import is_capturing
 
 NOT_YET = "not proven before the graph was captured"
 

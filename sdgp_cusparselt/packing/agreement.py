@@ -15,6 +15,7 @@ from torch import Tensor
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout, padded_shape
 from sdgp_cusparselt.packing.pack import kernel_obstacle, pack_gradient
 from sdgp_cusparselt.packing.trials import few_integers, normal, two_of_four
+from sdgp_cusparselt.recording.spans import is_capturing
 
 #: Rows and columns of the operand at most: a whole tile of every known layout and kernel.
 SIDE = 256
@@ -54,7 +55,7 @@ def packer_fault(
     shape, per_sample = _small(x, layouts, tokens_per_sample)
     key = (x.device, x.dtype, _covers(shape), per_sample, features, tokens, *layouts)
     if key not in _found:
-        if _capturing(x):
+        if is_capturing(x.device):
             return NOT_YET
         fault = _compare(x, shape, per_sample, (features, tokens), layouts)
         with _lock:
@@ -148,10 +149,6 @@ def _fit(
         if (layout or default_layout(*padded, x.dtype)).misfit(*padded) is not None:
             return False
     return True
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _covers(shape: tuple[int, int]) -> tuple[int, int]:

@@ -1,30 +1,36 @@
 """Which packer feeds a plan, and that the plan is what was asked for, against the emulator."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends import certificates, cusparselt, plans
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.errors import CusparseLtError
 from sdgp_cusparselt.packing import certify, trials
+from sdgp_cusparselt.products import routes
+from sdgp_cusparselt.products.operands import LinearGradInput
+from sdgp_cusparselt.products.sparse import sparse_product
 from sdgp_cusparselt.tuning import proof
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product, oracle_magnitude
 
+CONFIG = sdgp.SDGPConfig(prune="magnitude")
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 
 
-def right(backend: CusparseLtBackend, tokens: int = 256, k: int = 64, n: int = 32) -> None:
-    """Check a product, which must be the dense one, whoever packed."""
-    x, dense = torch.randn(tokens, k).bfloat16(), torch.randn(k, n).bfloat16()
-    gemm = Gemm(tokens, n, k, BF16, "row", CPU)
-    packed = backend.pack(x, gemm, Candidate(0), method="magnitude")
-    result = backend.matmul(packed, dense, gemm, Candidate(0))
-    assert_product(result, oracle_magnitude(x, 2, 4, 1), dense)
+def right(backend: CusparseLtBackend, tokens: int = 256, k: int = 64, n: int = 32) -> Tensor:
+    """A product that must be the dense one, whoever packed it."""
+    grad_output, weight = torch.randn(tokens, k).bfloat16(), torch.randn(k, n).bfloat16()
+    result = sparse_product(backend, LinearGradInput(grad_output, weight), CONFIG)
+    assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
+    return result
 
 
 LAYOUTS = ["plain", "blocked", "sm90_atom", "sm90_interleaved", "sm90_published", "random"]
@@ -136,32 +142,22 @@ def test_nothing_is_proven_under_capture(
     assert backend.certificate(gemm, Candidate(0)).proven
 
 
-@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("compared", [True, False])
 def test_a_kernel_that_disagrees_is_not_used(
-    backend: CusparseLtBackend,
-    emulator: Emulator,
-    monkeypatch: pytest.MonkeyPatch,
-    compared: bool,
-    transpose: bool,
+    backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, compared: bool
 ) -> None:
-    asked = []
-
     def fault(x: Tensor, **wanted: object) -> str | None:
-        asked.append((wanted["features"], wanted["tokens"]))
+        assert (wanted["features"], wanted["tokens"]) == ("magnitude", None)
         return None if compared else "it differs in 3 bytes"
 
     monkeypatch.setattr(cusparselt, "packer_fault", fault)
-    x, dense = torch.randn(64, 32).bfloat16(), torch.randn(32, 16).bfloat16()
-    gemm = Gemm(64, 16, 32, BF16, "row", CPU)
-    assert backend.certificate(gemm, Candidate(0)).proven
+    gemm, x = Gemm(64, 16, 32, BF16, "row", CPU), torch.randn(64, 32).bfloat16()
+    backend.pack(x, gemm, Candidate(0), method="magnitude")
     before = emulator.calls("cusparseLtSpMMACompress")
-    given = x.t().contiguous() if transpose else x
-    packed = backend.pack(given, gemm, Candidate(0), method="magnitude", transpose=transpose)
+    packed, weight = backend.pack(x, gemm, Candidate(0), method="magnitude"), torch.randn(32, 16)
     assert emulator.calls("cusparseLtSpMMACompress") - before == (0 if compared else 1)
-    assert asked == [(None, "magnitude") if transpose else ("magnitude", None)]
-    result = backend.matmul(packed, dense, gemm, Candidate(0))
-    assert_product(result, oracle_magnitude(x, 2, 4, 1), dense)
+    result = backend.matmul(packed, weight.bfloat16(), gemm, Candidate(0))
+    assert_product(result, oracle_magnitude(x, 2, 4, 1), weight.bfloat16())
 
 
 class Widest(TorchDispatchMode):
@@ -225,6 +221,12 @@ def test_split_k_is_what_the_candidate_says_whatever_the_default(
         assert planned.plan.alg_selection.get(plans.cslt.AlgAttribute.SPLIT_K) == split
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """The same matrix in the same order, two bytes further on."""
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
+    return memory.as_strided(x.shape, x.stride(), memory.storage_offset()).copy_(x)
+
+
 @pytest.mark.parametrize(
     "capability, safe, ids, splits, modes",
     [
@@ -261,3 +263,24 @@ def test_what_is_offered_in_this_process_and_in_one_that_may_hang(
 def test_a_long_reduction_is_split_on_sm8x(backend: CusparseLtBackend) -> None:
     offered = backend.offered(Gemm(64, 32, 256, BF16, "row", CPU))
     assert {c.split_k for c in offered} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("lies", ["aligned", "misaligned", "with gaps"])
+def test_a_weight_that_would_be_copied_for_every_product_takes_no_plan(
+    backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, lies: str
+) -> None:
+    monkeypatch.setattr(routes, "LIBRARY", backend)
+    weight = torch.randn(32, 48).bfloat16().t()
+    if lies == "misaligned":
+        weight = misaligned(weight)
+    if lies == "with gaps":
+        weight = torch.randn(48, 64).bfloat16()[:, ::2]
+    input = torch.randn(64, 32).bfloat16().requires_grad_()
+    grad_output = torch.randn(64, 48).bfloat16()
+    config = CONFIG.replace(tune="never")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sdgp.SDGPFallbackWarning)
+        sdgp.functional.linear(input, weight, config=config).backward(grad_output)
+    assert (emulator.calls("cusparseLtMatmul") > 0) == (lies == "aligned")
+    if lies == "aligned":
+        assert_product(input.grad, oracle_magnitude(grad_output, 2, 4, 1), weight)

@@ -126,6 +126,6 @@ def test_where_the_reference_packs_there_is_nothing_to_compare(
 def test_nothing_is_compared_under_capture(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(64, 64, dtype=torch.bfloat16, device=device)
     assert packer_fault(x, features="magnitude", **TRITON) is None
-    monkeypatch.setattr(agreement, "_capturing", lambda x: True)
+    monkeypatch.setattr(agreement, "is_capturing", lambda device: True)
     assert packer_fault(x, features="magnitude", **TRITON) is None  # known
     assert packer_fault(x, features="mvue", **TRITON) == agreement.NOT_YET
