@@ -339,6 +339,7 @@ def launch_abs_sums(
     variant = SumsVariant(x.dtype, transpose, n)
     tile, span = variant.tile, variant.span
     octets, row_octets = num_cols // OCTET, x.stride(0) // OCTET
+    sizes: tuple[int, ...]
     if transpose:
         parts = -(-num_cols // span)
         grid = (parts, *grid_of((num_rows, num_cols), tile.block_m, tile.block_k)[1:])
@@ -354,8 +355,8 @@ def launch_abs_sums(
         start(current_stream(x.device), x.data_ptr(), total.data_ptr(), kept.data_ptr())
     if transpose:
         return total.sum(0), kept.sum(0)
-    split = (samples, parts, num_cols)
-    return tuple(part[: samples * parts].view(split).sum(1) for part in (total, kept))
+    split, used = (samples, parts, num_cols), samples * parts
+    return total[:used].view(split).sum(1), kept[:used].view(split).sum(1)
 
 
 @functools.lru_cache(maxsize=256)

@@ -105,9 +105,10 @@ def _by_reference(
     ratio = None
     if method == "rescaled_magnitude":
         ratio = reference_ratio(operand, operand.shape[0] if along_tokens else per_sample, n)
+    rows, cols = operand.shape
     packed = pack_operand(
         operand,
-        default_layout(*padded_shape(*operand.shape, x.dtype), x.dtype),
+        default_layout(*padded_shape(rows, cols, x.dtype), x.dtype),
         method=method,
         n=n,
         ratio=ratio,

@@ -133,7 +133,8 @@ def _draw(
 ) -> None:
     """Write what random or mvue keeps of each group, and where it stood."""
     sizes = tuple(member.view(dtype).to(torch.float32).abs() for member in x)
-    bits = group_bits(*x[0].shape, first_row, draws.seeds, draws.stream)
+    rows, groups = x[0].shape
+    bits = group_bits(rows, groups, first_row, draws.seeds, draws.stream)
     if method == "mvue":
         chosen, worth, total = (mvue_two if n == 2 else mvue_one)(sizes, bits)
         amount = magnitude_keys(rounded(worth, dtype), dtype)

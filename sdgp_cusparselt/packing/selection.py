@@ -114,7 +114,7 @@ def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr):
         is0, below2 = before < a0, before < left_two
         left = tl.where(is0, FIRST_IS_0, tl.where(below2, FIRST_IS_1, FIRST_IS_2))
         second_is_1 = (behind > right_two) & is0
-        second_is_2 = (behind > a3) & below2
+        second_is_2 = (behind > a3) & below2 & (a2 > 0)
         right = tl.where(second_is_1, SECOND_IS_1, tl.where(second_is_2, SECOND_IS_2, SECOND_IS_3))
         return left | right, is0, half, total
 

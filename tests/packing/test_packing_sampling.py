@@ -133,7 +133,7 @@ def border_groups(count: int, dtype: torch.dtype, seed: int) -> tuple[tuple[Tens
     nudged = largest.view(torch.int16) + torch.randint(
         -2, 3, (count,), generator=generator, dtype=torch.int16
     )
-    nudged = torch.where(largest > 0, nudged, largest.view(torch.int16)).view(dtype)
+    nudged = torch.where(nudged > 0, nudged, largest.view(torch.int16)).view(dtype)
     groups = torch.cat((others, nudged[:, None]), 1)
     order = torch.rand(count, 4, generator=generator).argsort(-1)
     groups = groups.gather(1, order)
