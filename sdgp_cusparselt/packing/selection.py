@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from sdgp_cusparselt.packing.halves import (
-    mark_overflow,
     permute,
     raise_to,
+    round_halves,
     sizes_of,
     without_negative_zero,
 )
@@ -159,7 +159,7 @@ def choose(
             selector, first = _at_random(word, N)
             kept = permute(low, high, selector, NATIVE)
             total = (a0 + a1) + (a2 + a3)
-            values = mark_overflow(kept, total * 0.0, DTYPE, NATIVE)
+            values = kept | round_halves(total * 0.0, total * 0.0, DTYPE, NATIVE)
         if N == 1:
             values &= tl.where(first, 0xFFFF, -0x10000)
     return values, selector
