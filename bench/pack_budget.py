@@ -230,7 +230,7 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdgp_cusparselt.packing import kernels, launch
+    from sdgp_cusparselt.packing import kernels, starting
 
     kernel = getattr(kernels, name)
     pointers = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32"}
@@ -253,7 +253,7 @@ def compile_kernel(
         {(names.index(key),): value for key, value in constants.items()},
         attributes,
     )
-    options = {"num_warps": num_warps, **launch.COMPILE_OPTIONS}
+    options = {"num_warps": num_warps, **starting.COMPILE_OPTIONS}
     return triton_compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

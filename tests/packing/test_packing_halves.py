@@ -11,10 +11,10 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="the device functions are Triton's")
 import triton.language as tl  # noqa: E402
 
-from sdgp_cusparselt.packing import halves, launch  # noqa: E402
+from sdgp_cusparselt.packing import halves, starting  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not launch.interpreted(), reason="the twin is what the interpreter runs"
+    not starting.interpreted(), reason="the twin is what the interpreter runs"
 )
 KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 EDGES = (0, 1, 2, 0x7F, 0x80, 0x3FF, 0x400, 0x3C00, 0x3F80, 0x7BFF, 0x7C00, 0x7C01, 0x7F7F)
