@@ -235,26 +235,6 @@ def test_ratios_per_sample_and_column(device: str, rows: int, rows_per_ratio: in
     assert cases.same_bits(got[False].buffer.cpu(), want.buffer)
 
 
-def test_no_ratio_is_read_beyond_the_last_sample(device: str) -> None:
-    """PLAIN pads 96 rows to 128 here: blocks of padding belong to no sample."""
-    tall = MetadataLayout(
-        "tall", (*layouts.PLAIN.row_strides, 256, 512), (1, 2, 8), region=((128, 32),)
-    )
-    x = cases.adversarial(96, 64, torch.bfloat16).to(device)
-    ratio = torch.full((4, 64), torch.nan, device=device)
-    ratio[:3] = 1.5
-    got, _ = run_kernel(
-        x,
-        "rescaled_magnitude",
-        tall,
-        "features",
-        ratios={False: ratio[:3]},
-        rows_per_ratio=32,
-    )
-    want = expected(x, "rescaled_magnitude", tall, False, {False: ratio[:1].cpu()})
-    assert cases.same_bits(got[False].buffer.cpu(), want.buffer)
-
-
 @pytest.mark.parametrize("tile", [variants.Tile(16, 16, 1), variants.Tile(128, 32, 4)])
 @pytest.mark.parametrize("method", ["random", "mvue"])
 def test_draws_do_not_depend_on_the_tile(
