@@ -76,6 +76,11 @@ def test_other_seeds_and_offsets_draw_otherwise() -> None:
         assert (other == usual).float().mean() < 0.01
 
 
+def test_a_point_lies_between_two_sixteenth_bits() -> None:
+    points = sampling._uniform(EVERY_DRAW).double()
+    assert torch.equal(points, (EVERY_DRAW.double() + 0.5) / 65536)
+
+
 def wide_groups(count: int, dtype: torch.dtype, scale: float) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(count, 4, generator=generator)
