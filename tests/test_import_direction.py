@@ -48,6 +48,7 @@ ORDER = {
         "packing.quads",
         "packing.sums",
         "packing.kernels",
+        "packing.starting",
         "packing.launch",
         "packing.ratios",
         "packing.pack",
