@@ -1,0 +1,401 @@
+"""Whatever keeps a product from running sparse on a device that could: torch's own result, to the
+bit, one message, no exception. The emulator stands for the library and a CPU for the GPU."""
+
+import copy
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pycusparselt as cslt
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdgp_cusparselt as sdgp
+from sdgp_cusparselt.backends import machine as machine_module
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.gemm import Candidate
+from sdgp_cusparselt.backends.machine import Machine
+from sdgp_cusparselt.products import dispatch, packers, routes
+from sdgp_cusparselt.products.operands import LinearGradInput
+from sdgp_cusparselt.recording.records import LayerRecord
+from sdgp_cusparselt.tuning import store
+from tests.emulator.build import build
+from tests.emulator.control import Bad, Emulator
+
+NEVER = {"prune": "magnitude", "tune": "never"}
+REFUSED = 10  # CUSPARSE_STATUS_NOT_SUPPORTED
+
+
+class World(SimpleNamespace):
+    """What an outcome may turn: emulator, backend, patch, and the layer that meets it."""
+
+    emulator: Emulator
+    backend: CusparseLtBackend
+    patch: pytest.MonkeyPatch
+
+    def linear(self, outputs: int = 64, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+        return nn.Linear(32, outputs).to(dtype)
+
+    def raising(self, error: Exception) -> Callable[..., None]:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise error
+
+        return fail
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
+    emulator = Emulator(build())
+    emulator.reset()
+    backend = CusparseLtBackend(Machine("cpu", cslt.load(emulator.path)))
+    monkeypatch.setattr(routes, "LIBRARY", backend)
+    monkeypatch.setattr(store, "_default", store.TuningCache(tmp_path / "decisions"))
+    yield World(emulator=emulator, backend=backend, patch=monkeypatch)
+    backend.plans.clear()
+    emulator.reset()
+
+
+Outcome = Callable[[World], tuple[nn.Module, dict[str, object]]]
+OUTCOMES: dict[str, tuple[Outcome, str]] = {}
+
+
+def outcome(words: str) -> Callable[[Outcome], Outcome]:
+    """Enter a line of the table: how it comes about, and words of what is said of it."""
+
+    def enter(make: Outcome) -> Outcome:
+        OUTCOMES[make.__name__] = make, words
+        return make
+
+    return enter
+
+
+@outcome("not tuned yet")
+def not_tuned(world: World) -> tuple[nn.Module, dict[str, object]]:
+    return world.linear(), {"tune": "ahead"}
+
+
+@outcome("none of")
+def no_algorithm_is_right(world: World) -> tuple[nn.Module, dict[str, object]]:
+    for alg_id in range(4):
+        world.emulator.bad_algorithm(alg_id, Bad.ALWAYS_WRONG)
+    return world.linear(), {"tune": "first_use"}
+
+
+@outcome("CusparseLtError")
+def refused_at_plan(world: World) -> tuple[nn.Module, dict[str, object]]:
+    decision = SimpleNamespace(use="sparse", candidate=Candidate(0), transient=False)
+    world.patch.setattr(routes, "decision_for", lambda *a, **k: decision)
+    world.emulator.bad_algorithm(0, Bad.NOT_SUPPORTED_AT_PLAN)
+    return world.linear(), {}
+
+
+@outcome("it failed while it ran: CusparseLtError")
+def refused_at_run(world: World) -> tuple[nn.Module, dict[str, object]]:
+    prepared(world)
+    world.emulator.fail("cusparseLtMatmul", REFUSED)
+    return world.linear(), {}
+
+
+@outcome("OutOfMemoryError")
+def out_of_memory_while_tuning(world: World) -> tuple[nn.Module, dict[str, object]]:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    world.patch.setattr(routes, "decision_for", world.raising(error))
+    return world.linear(), {}
+
+
+@outcome("it failed while it ran: OutOfMemoryError")
+def out_of_memory_while_packing(world: World) -> tuple[nn.Module, dict[str, object]]:
+    prepared(world)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    world.patch.setattr(packers.ReferencePacker, "__call__", world.raising(error))
+    return world.linear(), {}
+
+
+@outcome("PermissionError")
+def unwritable_cache(world: World) -> tuple[nn.Module, dict[str, object]]:
+    world.patch.setattr(routes, "decision_for", world.raising(PermissionError("/cache")))
+    return world.linear(), {}
+
+
+@outcome("float16 failed its self-test")
+def self_test_failed(world: World) -> tuple[nn.Module, dict[str, object]]:
+    error = sdgp.NotSupportedError("float16 failed its self-test on this GPU: illegal instruction")
+    world.patch.setattr(routes, "decision_for", world.raising(error))
+    return world.linear(dtype=torch.float16), {}
+
+
+@outcome("before the graph was captured")
+def capture_without_a_plan(world: World) -> tuple[nn.Module, dict[str, object]]:
+    world.patch.setattr(routes, "is_capturing", lambda device: True)
+    return world.linear(), {}
+
+
+@outcome("float32 runs 1:2")
+def wrong_dtype(world: World) -> tuple[nn.Module, dict[str, object]]:
+    return world.linear(dtype=torch.float32), {}
+
+
+@outcome(r"K \(outputs\) is 24")
+def narrow(world: World) -> tuple[nn.Module, dict[str, object]]:
+    return world.linear(outputs=24), {}
+
+
+@outcome("only an unpadded 1x1 convolution")
+def k_by_k(world: World) -> tuple[nn.Module, dict[str, object]]:
+    layer = nn.Conv2d(32, 64, 3, padding=1).bfloat16()
+    return layer.to(memory_format=torch.channels_last), {}
+
+
+@outcome("would have to be copied")
+def misaligned(world: World) -> tuple[nn.Module, dict[str, object]]:
+    layer = world.linear()
+    memory = torch.empty(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32)
+    layer.weight = nn.Parameter(memory.copy_(layer.weight.detach()))
+    return layer, {}
+
+
+@outcome("CusparseLtError")
+def a_second_device_that_the_library_refuses(
+    world: World,
+) -> tuple[nn.Module, dict[str, object]]:
+    decision = SimpleNamespace(use="sparse", candidate=Candidate(0), transient=False)
+    world.patch.setattr(routes, "decision_for", lambda *a, **k: decision)
+    world.emulator.fail("cusparseLtInit", 7)  # INTERNAL_ERROR, as seen with several GPUs
+    return world.linear(), {}
+
+
+@outcome("the product is empty")
+def zero_tokens(world: World) -> tuple[nn.Module, dict[str, object]]:
+    layer = world.linear()
+    layer.tokens = 0
+    return layer, {}
+
+
+@outcome("no pack kernel can be compiled: Failed to find C compiler")
+def no_c_compiler(world: World) -> tuple[nn.Module, dict[str, object]]:
+    reason = "no pack kernel can be compiled: Failed to find C compiler; install gcc, or set CC"
+    world.patch.setattr(world.backend.machine, "_software", [reason])
+    return world.linear(), {}
+
+
+@outcome("no libcusparseLt")
+def no_library(world: World) -> tuple[nn.Module, dict[str, object]]:
+    world.patch.setattr(world.backend.machine, "_software", ["no libcusparseLt was found"])
+    return world.linear(), {}
+
+
+def prepared(world: World) -> None:
+    """Let one layer of the same kind run sparse, so that what fails later fails while it runs."""
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    step(layer)
+    assert layer.sdgp_record.calls == {("grad_input", "sparse"): 1}
+
+
+def step(layer: nn.Module) -> list[Tensor]:
+    """Return the gradients of one step on the same data for every layer of one shape."""
+    torch.manual_seed(3)
+    tokens = (getattr(layer, "tokens", 48), 32)
+    shape = (2, 32, 5, 5) if isinstance(layer, nn.Conv2d) else tokens
+    x = torch.randn(shape).to(layer.weight.dtype)
+    if x.ndim == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    layer.zero_grad()
+    output = layer(x)
+    output.backward(torch.randn(output.shape).to(output.dtype))
+    return [x.grad, layer.weight.grad, layer.bias.grad]
+
+
+@pytest.mark.parametrize("grad_weight", ["dense", "sparse"])
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_the_outcome_is_torchs_own_result(world: World, name: str, grad_weight: str) -> None:
+    make, words = OUTCOMES[name]
+    layer, changes = make(world)
+    twin = copy.deepcopy(layer)
+    if name == "misaligned":  # a copy is aligned
+        assert layer.weight.data_ptr() % 16 and twin.weight.data_ptr() % 16 == 0
+    config = sdgp.SDGPConfig(
+        **(NEVER | {"grad_weight": grad_weight, "grad_weight_prune": "magnitude"} | changes)
+    )
+    sdgp.convert_(layer, config)
+    expected, record = step(twin), layer.sdgp_record
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            found = step(layer)
+            # An outcome of grad_input alone leaves grad_weight sparse.
+            alone = record.calls["grad_weight", "sparse"] > 0
+            for ours, torchs in zip(found[:1] if alone else found, expected, strict=not alone):
+                assert torch.equal(ours, torchs)
+    said = [str(w.message) for w in caught if w.category is sdgp.SDGPFallbackWarning]
+    # The products of one layer may differ in their reasons: K of one is M of the other.
+    assert len(said) == 1 or (grad_weight == "sparse" and len(set(said)) == 2), said
+    assert re.search(words, said[0])
+    assert record.calls["grad_input", "plain"] == 3
+    assert {way for product, way in record.calls if product == "grad_input"} == {"plain"}
+    assert sum(record.fallbacks[key] for key in record.fallbacks if key[0] == "grad_input") >= 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(layer)
+
+
+def test_a_failed_call_bars_its_kind_and_no_other(world: World) -> None:
+    config = sdgp.SDGPConfig(**NEVER)
+    first, second = world.linear(), world.linear(outputs=48)
+    for layer in (first, second):
+        sdgp.convert_(layer, config)
+        step(layer)
+    world.emulator.fail("cusparseLtMatmul", REFUSED)
+    with pytest.warns(sdgp.SDGPFallbackWarning):
+        step(first)
+    step(first)
+    step(second)
+    assert first.sdgp_record.calls == {("grad_input", "sparse"): 1, ("grad_input", "plain"): 2}
+    assert second.sdgp_record.calls == {("grad_input", "sparse"): 2}
+
+
+def test_a_pair_that_fails_runs_both_products_by_themselves(world: World) -> None:
+    config = sdgp.SDGPConfig(**NEVER, grad_weight="sparse", grad_weight_prune="magnitude")
+    layer = world.linear()
+    sdgp.convert_(layer, config)
+    expected = step(layer)
+    step(layer)
+    world.emulator.fail("cusparseLtMatmul", REFUSED)
+    for ours, before in zip(step(layer), expected, strict=True):
+        assert torch.equal(ours, before)
+    assert layer.sdgp_record.calls == {("grad_input", "sparse"): 3, ("grad_weight", "sparse"): 3}
+
+
+def test_capture_is_not_remembered(world: World) -> None:
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    with world.patch.context() as patch:
+        patch.setattr(routes, "is_capturing", lambda device: True)
+        with pytest.warns(sdgp.SDGPFallbackWarning):
+            step(layer)
+        assert world.emulator.calls("cusparseLtMatmulPlanInit") == 0
+    step(layer)
+    assert layer.sdgp_record.calls == {("grad_input", "plain"): 1, ("grad_input", "sparse"): 1}
+
+
+def test_what_was_prepared_runs_under_capture(world: World) -> None:
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    step(layer)
+    world.patch.setattr(routes, "is_capturing", lambda device: True)
+    step(layer)
+    assert layer.sdgp_record.calls == {("grad_input", "sparse"): 2}
+
+
+def test_a_reason_that_may_pass_is_looked_at_again(world: World) -> None:
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    with world.patch.context() as patch:
+        patch.setattr(routes, "decision_for", world.raising(torch.OutOfMemoryError("full")))
+        with pytest.warns(sdgp.SDGPFallbackWarning):
+            step(layer)
+    for _ in range(routes.ASK_AGAIN):
+        step(layer)
+    assert layer.sdgp_record.calls["grad_input", "plain"] == routes.ASK_AGAIN
+    assert layer.sdgp_record.calls["grad_input", "sparse"] == 1
+
+
+def test_an_evicted_plan_is_made_again(world: World) -> None:
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    expected = step(layer)
+    world.backend.plans.clear()
+    for ours, before in zip(step(layer), expected, strict=True):
+        assert torch.equal(ours, before)
+    assert layer.sdgp_record.calls == {("grad_input", "sparse"): 2}
+
+
+def test_prepared_calls_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.prepared, "LIMIT", 4)
+    config, record = sdgp.SDGPConfig(**NEVER), LayerRecord("here")
+    weight = torch.randn(64, 32).bfloat16()
+    for tokens in range(16, 16 * 12, 16):
+        dispatch.run(LinearGradInput(torch.randn(tokens, 64).bfloat16(), weight), config, record)
+    assert len(dispatch.prepared.calls.single) == 4
+    assert record.calls == {("grad_input", "sparse"): 11}
+
+
+def test_threads_prepare_calls_of_their_own(world: World) -> None:
+    world.emulator.thread_check()
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    step(layer)
+    seen: list[int] = []
+
+    def work() -> None:
+        seen.append(len(dispatch.prepared.calls.single))
+        g = torch.randn(48, 64).bfloat16()
+        operands = LinearGradInput(g, layer.weight.detach())
+        dispatch.run(operands, layer.sdgp_config, layer.sdgp_record)
+        seen.append(len(dispatch.prepared.calls.single))
+        world.backend.plans.clear()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [0, 1]
+    assert layer.sdgp_record.calls == {("grad_input", "sparse"): 2}
+
+
+def test_a_folder_that_cannot_be_written_keeps_proofs_in_memory(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    world.patch.setenv("SDGP_CACHE_DIR", str(tmp_path / "file" / "below"))
+    world.patch.setattr(store, "_default", store.TuningCache(tmp_path / "file" / "decisions"))
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**(NEVER | {"tune": "first_use"})))
+    with pytest.warns(sdgp.SDGPCacheWarning):
+        step(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(layer)
+    assert sum(layer.sdgp_record.calls.values()) == 2
+
+
+def test_reasons_ask_the_tensors_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs: the second is too old, whatever the first can do."""
+    capabilities = {0: (9, 0), 1: (7, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda device: capabilities[device if isinstance(device, int) else device.index],
+    )
+    machine = Machine("cuda")
+    assert machine.hardware_reasons() == []
+    assert machine.hardware_reasons(torch.device("cuda:0")) == []
+    (reason,) = machine.hardware_reasons(torch.device("cuda:1"))
+    assert "7.0" in reason
+    (reason,) = machine.hardware_reasons(torch.device("cpu"))
+    assert reason == "the tensors are on cpu, not on cuda"
+
+
+def test_a_compiler_that_is_missing_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            asked.append(1)
+            raise RuntimeError("Failed to find C compiler. Please specify via CC")
+
+    import triton.runtime
+
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    machine = Machine("cuda", library=object())
+    (reason,) = machine.software_reasons()
+    assert reason.startswith("no pack kernel can be compiled: Failed to find C compiler")
+    assert machine.software_reasons() == [reason] and len(asked) == 1
+    assert machine_module.compiler_fault() is not None
