@@ -20,7 +20,7 @@ ORDER = {
     ],
     "sdgp_cusparselt": [
         "versions errors",
-        "equivalence cache arrays extras",
+        "equivalence cache arrays devices extras",
         "config.patterns",
         "config.schedule",
         "config.choices",

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdgp_cusparselt.backends.plans import on_device
+from sdgp_cusparselt.devices import on_device
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, WAYS, Outcome, check
 from sdgp_cusparselt.versions import versions

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import ConvGeometry, method_of
-from sdgp_cusparselt.backends.plans import is_capturing
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.config.patterns import STOCHASTIC
+from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import CusparseLtError, EquivalenceError, PlanStateError
 from sdgp_cusparselt.products import announce, prepared
 from sdgp_cusparselt.products.checks import fault

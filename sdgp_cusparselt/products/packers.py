@@ -214,32 +214,19 @@ class LibraryPacker:
     """The library's own Compress, after pruning in plain torch: where no order of ours is proven.
 
     Args:
-        x: [M, K] of the first call.
         planned: the plan whose operand it packs.
-        transposed: whether that is x.T.
-        prune: (gradient) -> it, pruned as the product prunes it.
+        prune: (gradient) -> the operand [M, K], pruned.
     """
 
     tokens_at = 0
 
-    def __init__(
-        self,
-        planned: PlannedGemm,
-        transposed: bool,
-        prune: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.planned, self.transposed, self.prune = planned, transposed, prune
+    def __init__(self, planned: PlannedGemm, prune: Callable[[Tensor], Tensor]) -> None:
+        self.planned, self.prune = planned, prune
         self.nbytes = planned.compressed_size
 
     def __call__(self, x: Tensor, address: int, stream: int) -> None:
         """Write the operand of x at an address."""
-        pruned = self.prune(x)
-        operand = pruned.t() if self.transposed else pruned
-        missing = self.planned.rows - operand.shape[0]
-        padded = torch.nn.functional.pad(operand, (0, 0, 0, missing)).contiguous()
-        size = max(self.planned.buffer_size, 16)
-        scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-        self.planned.plan.compress(padded.data_ptr(), address, scratch.data_ptr(), stream)
+        self.planned.compress(self.prune(x), address, stream)
 
 
 def slots(nbytes: int) -> int:

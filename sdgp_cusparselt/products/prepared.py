@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Product, Way
-from sdgp_cusparselt.backends.plans import is_capturing
 from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.products.announce import announce, announce_machine

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.devices import is_capturing
+
 #: Samples kept of each kind: the most recent ones.
 KEPT = 256
 
@@ -51,7 +53,7 @@ class Samples:
             return False
         number = self.seen[product]
         self.seen[product] += 1
-        return number % every == 0 and not _capturing(device)
+        return number % every == 0 and not is_capturing(device)
 
     def add_time(self, product: str, part: str, reading: Reading) -> None:
         """Keep one time."""
@@ -295,10 +297,6 @@ def _started(cuda: bool) -> Callable[[], Reading]:
 
 def _cuda_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
