@@ -89,13 +89,13 @@ def product_check(planned: PlannedGemm, gemm: Gemm) -> Check:
         generator = torch.Generator(gemm.device).manual_seed(gemm.n)
         stored = (gemm.k, gemm.n) if gemm.dense_order == "row" else (gemm.n, gemm.k)
         share = share_of_nonzeros(gemm.k, gemm.dtype)
-        dense = few_integers(*stored, share, gemm.dtype, gemm.device, generator)
+        dense = few_integers(*stored, gemm.dtype, gemm.device, generator, share=share)
         dense = dense if gemm.dense_order == "row" else dense.t()
         result = planned.product(packed, dense)
         rows = some_rows(planned.rows, max(gemm.n, gemm.k), gemm.device, generator)
         if rows is not None:
             left, result = left[rows], result[rows]
-        expected = wide_product(left, dense)
+        expected = wide_product(left, dense, gemm.dtype)
         if torch.equal(result, expected):
             return None
         # Twice: the expected integers were rounded to the result's dtype as well.

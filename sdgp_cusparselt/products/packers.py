@@ -79,9 +79,9 @@ class Wanted:
 def packer_for(x: Tensor, wanted: Wanted) -> Packer | None:
     """Return what packs x: the kernel on a GPU, the reference on a CPU; None if it must not."""
     layouts = [one for one in (wanted.features_layout, wanted.tokens_layout) if one is not None]
-    if not x.is_cuda:
-        return ReferencePacker(x, wanted)
-    fault = kernel_obstacle(x, *layouts) or packer_fault(
+    if x.is_cuda and kernel_obstacle(x, *layouts) is not None:
+        return None
+    fault = packer_fault(
         x,
         features=wanted.features,
         tokens=wanted.tokens,
@@ -89,7 +89,9 @@ def packer_for(x: Tensor, wanted: Wanted) -> Packer | None:
         tokens_layout=wanted.tokens_layout,
         tokens_per_sample=wanted.rows_per_sample,
     )
-    return KernelPacker(x, wanted) if fault is None else None
+    if fault is not None:
+        return None
+    return KernelPacker(x, wanted) if x.is_cuda else ReferencePacker(x, wanted)
 
 
 class KernelPacker:

@@ -41,7 +41,7 @@ def test_linear_grad_input(
     weight = torch.randn(64, 40).to(dtype)
     result = sparse_product(backend, LinearGradInput(grad_output, weight), CONFIG)
     assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
-    assert emulator.calls("cusparseLtMatmul") >= 1
+    assert emulator.calls("cusparseLtMatmul") == 2  # the first one proved the order
 
 
 def test_a_column_major_weight(backend: CusparseLtBackend) -> None:
@@ -126,7 +126,7 @@ def test_conv2d_grad_input(backend: CusparseLtBackend, emulator: Emulator, name:
     error = (result.double() - exact(pruned, weight)).abs()
     assert (error <= torch.finfo(torch.bfloat16).eps * size + 1e-30).all()
     assert result.is_contiguous(memory_format=last) and result.shape == input.shape
-    assert emulator.calls("cusparseLtMatmul") >= 1
+    assert emulator.calls("cusparseLtMatmul") == 2  # the first one proved the order
 
 
 @pytest.mark.parametrize("name", ["1x1 strided", "1x1 strided in one direction"])
@@ -283,56 +283,3 @@ def test_a_machine_without_a_gpu_says_so() -> None:
     if not torch.cuda.is_available():
         assert backend.machine_reasons() == ["torch sees no CUDA device"]
         assert backend.not_supported_reasons(problem()) == ["torch sees no CUDA device"]
-
-
-@pytest.mark.parametrize("capability, splits", [((8, 0), {1}), ((9, 0), {1, -1})])
-def test_candidates(
-    backend: CusparseLtBackend, emulator: Emulator, capability: tuple[int, int], splits: set[int]
-) -> None:
-    emulator.max_alg_id(5)
-    backend.machine.cpu_capability = capability
-    gemm = Gemm(2048, 2048, 2048, torch.bfloat16, "row", CPU)
-    candidates = backend.candidates(gemm)
-    assert candidates[0] == Candidate(0)
-    assert {c.alg_id for c in candidates} == set(range(5))
-    assert {c.split_k for c in candidates} == splits
-    small = Gemm(256, 2048, 2048, torch.bfloat16, "row", CPU)
-    assert {c.split_k for c in backend.candidates(small)} == {1}
-
-
-@pytest.mark.parametrize("layout", ["plain", "blocked", "sm90_atom", "sm90_interleaved", "random"])
-def test_a_proven_order_needs_the_library_no_more(
-    backend: CusparseLtBackend, emulator: Emulator, layout: str
-) -> None:
-    emulator.layout(layout, seed=11)
-    weight, grad_output = torch.randn(64, 32).bfloat16(), torch.randn(256, 64).bfloat16()
-    sparse_product(backend, LinearGradInput(grad_output, weight), CONFIG)
-    (certificate,) = backend.certificates.values()
-    assert certificate.proven, certificate.reason
-    learned = emulator.calls("cusparseLtSpMMACompress")
-    for _ in range(3):
-        result = sparse_product(backend, LinearGradInput(grad_output, weight), CONFIG)
-    assert emulator.calls("cusparseLtSpMMACompress") == learned
-    assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
-    another = CusparseLtBackend(backend.machine)
-    sparse_product(another, LinearGradInput(grad_output, weight), CONFIG)
-    assert emulator.calls("cusparseLtSpMMACompress") == learned  # the proof was kept on disk
-    another.plans.clear()
-
-
-def test_an_order_that_cannot_be_proven_is_left_to_the_library(
-    backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = sdgp.packing.certify.prove
-    monkeypatch.setattr(
-        "sdgp_cusparselt.packing.certify.prove",
-        lambda *a, **k: ([], "one byte differs") if real(*a, **k) else None,
-    )
-    weight, grad_output = torch.randn(64, 32).bfloat16(), torch.randn(48, 64).bfloat16()
-    for _ in range(2):
-        before = emulator.calls("cusparseLtSpMMACompress")
-        result = sparse_product(backend, LinearGradInput(grad_output, weight), CONFIG)
-        assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
-        assert emulator.calls("cusparseLtSpMMACompress") > before
-    (certificate,) = backend.certificates.values()
-    assert not certificate.proven and "one byte differs" in certificate.reason
