@@ -30,7 +30,7 @@ class EquivalenceError(SDGPError, ArithmeticError):
 
 
 class SDGPFallbackWarning(UserWarning):
-    """A product does not run sparse; issued once for each reason, for the first layer that met it."""
+    """A product does not run sparse; issued once a reason, for the first layer that met it."""
 
 
 class SDGPCacheWarning(UserWarning):

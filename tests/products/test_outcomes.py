@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,8 @@ from sdgp_cusparselt.backends import machine as machine_module
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.products import dispatch, packers, routes
+from sdgp_cusparselt.commands.parser import main
+from sdgp_cusparselt.products import dispatch, packers, routes, sparse
 from sdgp_cusparselt.products.operands import LinearGradInput
 from sdgp_cusparselt.recording.records import LayerRecord
 from sdgp_cusparselt.tuning import store
@@ -399,3 +401,104 @@ def test_a_compiler_that_is_missing_is_found_out_once(monkeypatch: pytest.Monkey
     assert reason.startswith("no pack kernel can be compiled: Failed to find C compiler")
     assert machine.software_reasons() == [reason] and len(asked) == 1
     assert machine_module.compiler_fault() is not None
+
+
+def plainly(layer: nn.Module, tokens: int = 48) -> bool:
+    """Ask what a layer's forward asks."""
+    x = torch.empty(tokens, 32, dtype=layer.weight.dtype)
+    arguments = (x, layer.weight, x.dtype, layer.sdgp_config, layer.sdgp_record)
+    return dispatch.linear_is_plain(*arguments)
+
+
+@pytest.mark.parametrize("grad_weight", ["dense", "sparse"])
+@pytest.mark.filterwarnings("ignore::sdgp_cusparselt.errors.SDGPFallbackWarning")
+def test_what_runs_plain_is_known_to_a_layers_forward(world: World, grad_weight: str) -> None:
+    layer, other = world.linear(outputs=24), world.linear()
+    config = sdgp.SDGPConfig(**NEVER, grad_weight=grad_weight)
+    for one in (layer, other):
+        sdgp.convert_(one, config)
+        assert not plainly(one)
+        step(one)
+    assert plainly(layer) and not plainly(layer, tokens=32) and not plainly(other)
+    expected = {("grad_input", "plain"): 2} | (
+        {("grad_weight", "plain"): 2} if grad_weight == "sparse" else {}
+    )
+    assert layer.sdgp_record.calls == expected, "it is counted like a backward pass"
+    layer.sdgp_config = config.replace(telemetry_every=4)
+    assert not plainly(layer), "samples are taken in backward"
+    layer.sdgp_config = config
+    with sdgp.record_shapes():
+        assert not plainly(layer), "shapes are recorded in backward"
+    layer.sdgp_record.broken["grad_input"] = "it failed a check"
+    assert not plainly(layer)
+
+
+@pytest.mark.filterwarnings("ignore::sdgp_cusparselt.errors.SDGPFallbackWarning")
+def test_what_may_pass_does_not_freeze_a_forward(world: World) -> None:
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**(NEVER | {"tune": "ahead"})))
+    step(layer)
+    answers = [plainly(layer) for _ in range(routes.ASK_AGAIN)]
+    assert answers == [True] * (routes.ASK_AGAIN - 1) + [False]
+
+
+@pytest.mark.filterwarnings("ignore::sdgp_cusparselt.errors.SDGPFallbackWarning")
+def test_where_a_tensor_lies_is_not_known_to_a_forward(world: World) -> None:
+    layer, _ = misaligned(world)
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    step(layer)
+    assert layer.sdgp_record.calls == {("grad_input", "plain"): 1} and not plainly(layer)
+
+
+def test_routes_ask_about_the_device_of_the_tensors(world: World) -> None:
+    asked: list[torch.device | None] = []
+
+    def reasons(device: torch.device | None = None) -> list[str]:
+        asked.append(device)
+        return []
+
+    world.patch.setattr(world.backend.machine, "hardware_reasons", reasons)
+    layer = world.linear()
+    sdgp.convert_(layer, sdgp.SDGPConfig(**NEVER))
+    step(layer)
+    assert asked == [torch.device("cpu")]
+
+
+def test_another_device_is_made_current_for_pack_and_product(world: World) -> None:
+    made: list[int] = []
+
+    class Guard:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            made.append(self.index)
+
+        def __exit__(self, *error: object) -> None:
+            made.append(-1)
+
+    operands = LinearGradInput(torch.randn(48, 64).bfloat16(), torch.randn(64, 32).bfloat16())
+    product = sparse.SparseProduct(operands, sdgp.SDGPConfig(**NEVER), world.backend)
+    expected = product(operands)
+    assert not made
+    product.index = 1
+    product.current_device = lambda: 1 if made and made[-1] == 1 else 0
+    world.patch.setattr(torch.cuda, "device", Guard)
+    assert torch.equal(product(operands), expected)
+    assert made == [1, -1]
+
+
+def test_packing_by_hand_makes_the_tensors_device_current(world: World) -> None:
+    seen: list[torch.device] = []
+
+    def on_device(device: torch.device) -> AbstractContextManager[None]:
+        seen.append(device)
+        return nullcontext()
+
+    world.patch.setattr("sdgp_cusparselt.products.by_hand.on_device", on_device)
+    world.patch.setattr("sdgp_cusparselt.commands.check.on_device", on_device)
+    world.patch.setattr("sdgp_cusparselt.commands.check.CASES", ())
+    sdgp.pack(torch.randn(32, 64).bfloat16())
+    assert seen == [torch.device("cpu")]
+    assert main(["check", "--device", "cpu"]) == 0
+    assert seen == [torch.device("cpu")] * 2

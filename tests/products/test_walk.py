@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.products import dispatch, prepared
+from sdgp_cusparselt.products import dispatch, packers, prepared
 from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight
 from sdgp_cusparselt.recording.records import LayerRecord
 from tests.products import null_launch
@@ -112,3 +112,20 @@ def test_prepared_calls_keep_no_tensor_and_make_two(record: LayerRecord) -> None
         seen.add(id(one))
         assert not isinstance(one, torch.Tensor)
         open_ += [x for x in gc.get_referents(one) if not isinstance(x, type(sys))]
+
+
+def test_a_captured_graph_draws_from_memory(
+    record: LayerRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds by value would be the same at every replay."""
+    seen: list[tuple[object, ...]] = []
+    words = torch.tensor([3, 4])
+    monkeypatch.setattr(packers, "draw_seeds", lambda device: words)
+    monkeypatch.setattr(null_launch, "launch", lambda *given: seen.append(given))
+    for call in prepared.calls.single.values():
+        pack = call.sparse.pack
+        pack.start_captured = pack._prepare(torch.empty(48, 32), in_memory=True)
+        assert pack.start_captured.seeds_in_memory and not pack.start.seeds_in_memory
+    grad_input(record)
+    (given,) = seen
+    assert words.data_ptr() in given
