@@ -1,12 +1,7 @@
 """DDP, FSDP2 and tuning ranks: judges what two_ranks.py found in two processes."""
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
+from tests.loops.launch import in_two_processes
 
-ROOT = Path(__file__).parents[2]
 STEPS, LEARNING_RATE, ADAM_EPS = 3, 3e-3, 1e-8
 TOKENS = 8 * 64
 #: A gradient is a sum of at most this many products, each of which stays below 1 here.
@@ -31,19 +26,7 @@ LOSS_TOLERANCE = TOKENS * 2**-24
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tests.loops.two_ranks", str(folder / "found")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bindings")]),
-        "SDGP_CACHE_DIR": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((folder / "found").read_text())
+    return in_two_processes("two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
