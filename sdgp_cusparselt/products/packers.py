@@ -15,7 +15,7 @@ from torch import Tensor
 from sdgp_cusparselt.backends.plans import PlannedGemm
 from sdgp_cusparselt.config.patterns import STOCHASTIC
 from sdgp_cusparselt.packing.agreement import packer_fault
-from sdgp_cusparselt.packing.launch import PreparedPack, aligned, is_aligned, prepare_pack
+from sdgp_cusparselt.packing.launch import OCTET, PreparedPack, aligned, is_aligned, prepare_pack
 from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.pack import kernel_obstacle
 from sdgp_cusparselt.packing.packed import buffer_nbytes
@@ -132,9 +132,10 @@ class KernelPacker:
 
     def _prepare(self, x: Tensor, in_memory: bool) -> PreparedPack:
         wanted = self.wanted
+        # A copy that is made to be aligned has rows of whole octets.
         return prepare_pack(
             self.shape,
-            aligned(x).stride(0),
+            x.stride(0) if is_aligned(x) else -(-self.shape[1] // OCTET) * OCTET,
             x.dtype,
             x.device,
             features=wanted.features,

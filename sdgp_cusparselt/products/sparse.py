@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends import dense
+from sdgp_cusparselt.backends import emulation
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend, pruned_operand
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config.choices import SDGPConfig
@@ -136,7 +136,7 @@ class SparseProduct:
     def _add_tail(self, product: Tensor, operands: Operands) -> None:
         """Add what the tokens past the last multiple of 16 give, pruned like the rest."""
         left, right = operands.matrices()
-        pruned = dense.prune_tokens(left[self.gemm.k :], self.config)
+        pruned = emulation.prune_tokens(left[self.gemm.k :], self.config)
         product.view(self.gemm.m, self.gemm.n).addmm_(pruned.t(), right[self.gemm.k :])
 
 
