@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.products import dispatch, packers, prepared
@@ -71,6 +72,27 @@ def test_the_way_to_the_launch_is_short(
     keys = sum(name.endswith((".key", ".__init__")) for name in names)
     allowed = LIMIT if product is grad_input else LIMIT + keys // 2
     assert len(names) <= allowed, names
+
+
+def test_a_layers_backward_stands_few_frames_above_the_launch(
+    record: LayerRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = nn.Linear(16, 32, bias=False).bfloat16()  # the sizes that are prepared
+    sdgp.convert_(layer, CONFIG)
+    output = layer(torch.randn(2, 24, 16, dtype=torch.bfloat16, requires_grad=True))
+    stacks: list[list[str]] = []
+
+    def look(*arguments: object) -> None:
+        frame, names = sys._getframe(), []
+        while frame is not None and frame.f_code.co_name != "backward":
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        stacks.append(names)
+
+    monkeypatch.setattr(null_launch, "launch", look)
+    output.backward(GRADIENT)
+    assert layer.sdgp_record.calls == {("grad_input", "sparse"): 1, ("grad_weight", "sparse"): 1}
+    assert stacks and all(len(names) <= LIMIT for names in stacks), stacks
 
 
 def test_nothing_is_resolved_twice(record: LayerRecord, monkeypatch: pytest.MonkeyPatch) -> None:
