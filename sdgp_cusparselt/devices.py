@@ -32,4 +32,7 @@ def device_calls(device: torch.device) -> tuple[int, Callable[[], int], Callable
 
 def is_capturing(device: torch.device) -> bool:
     """Whether work on ``device`` is being recorded into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with on_device(device):
+        return bool(torch.cuda.is_current_stream_capturing())

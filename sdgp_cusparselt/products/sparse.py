@@ -13,6 +13,7 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend, pruned_operan
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.devices import device_calls
+from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight, Operands
 from sdgp_cusparselt.products.packers import (
     KernelPacker,
@@ -218,8 +219,11 @@ def sparse_product(
     """Return one product by the sparse way, whatever tuning would say.
 
     Raises:
+        NotSupportedError: it breaks a rule; every one is named.
         CusparseLtError: the library refused.
     """
+    if reasons := library.not_supported_reasons(operands.problem(config)):
+        raise NotSupportedError(f"sparse_product: {'; '.join(reasons)}")
     return SparseProduct(operands, config, library, candidate)(operands)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sdgp_cusparselt as sdgp
+from sdgp_cusparselt import devices
 from sdgp_cusparselt.backends import machine as machine_module
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.commands.parser import main
@@ -276,3 +277,31 @@ def test_packing_by_hand_makes_the_tensors_device_current(world: World) -> None:
     assert seen == [torch.device("cpu")]
     assert main(["check", "--device", "cpu"]) == 0
     assert seen == [torch.device("cpu")] * 2
+
+
+def test_a_capture_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs: a graph is captured on the second, while the first is current."""
+    current = [0]
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    assert devices.is_capturing(torch.device("cuda:1"))
+    assert not devices.is_capturing(torch.device("cuda:0"))
+    assert not devices.is_capturing(torch.device("cpu"))
+
+
+def test_what_breaks_a_rule_is_not_multiplied_by_force(world: World) -> None:
+    operands = LinearGradInput(torch.randn(48, 24).bfloat16(), torch.randn(24, 32).bfloat16())
+    with pytest.raises(sdgp.NotSupportedError, match="K .outputs. is 24"):
+        sparse.sparse_product(world.backend, operands, sdgp.SDGPConfig(**NEVER))
