@@ -20,7 +20,7 @@ ORDER = {
     ],
     "sdgp_cusparselt": [
         "versions errors",
-        "equivalence cache arrays extras",
+        "equivalence cache arrays devices extras",
         "cards.efficiency cards.__init__",
         "cards.gpus",
         "cards.times",
