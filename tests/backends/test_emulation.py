@@ -182,12 +182,10 @@ def test_a_pattern_is_compiled_once_for_every_shape(method: str) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_more_patterns_than_a_code_object_may_have_are_compiled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    for n in (1, 2, 3):
-        assert compiled.prune_compiled(torch.randn(8, 30), "magnitude", n, 5, -1)[1] is None
+def test_more_patterns_than_a_code_object_may_have_are_compiled() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for n in (1, 2, 3):
+            assert compiled.prune_compiled(torch.randn(8, 30), "magnitude", n, 5, -1)[1] is None
 
 
 @pytest.mark.usefixtures("gpu")
