@@ -91,16 +91,16 @@ def test_no_emulated_product_calls_what_throws_on_cuda(method: str) -> None:
     config = SDGPConfig(
         prune=method, grad_weight="sparse", grad_weight_prune=method, backend="dense", beta=0.5
     )
-    backend, conv = dense.DenseBackend(), ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+    conv = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
     with Recorder() as recorder:
         rows, weight = torch.randn(12, 8, device="meta"), torch.randn(8, 6, device="meta")
-        backend.linear_grad_input(rows, weight, config)
-        backend.linear_grad_weight(rows, torch.randn(12, 6, device="meta"), config)
+        dense.linear_grad_input(rows, weight, config)
+        dense.linear_grad_weight(rows, torch.randn(12, 6, device="meta"), config)
         images = torch.randn(2, 8, 5, 5, device="meta")
         kernel = torch.randn(8, 4, 3, 3, device="meta")
         input = torch.randn(2, 4, 5, 5, device="meta")
-        backend.conv2d_grad_input(images, kernel, input, conv, config)
-        backend.conv2d_grad_weight(images, input, kernel, conv, config)
+        dense.conv2d_grad_input(images, kernel, input, conv, config)
+        dense.conv2d_grad_weight(images, input, kernel, conv, config)
     names = {name for name, _ in recorder.calls}
     assert {"mm", "convolution_backward"} <= names
     assert [call for call in recorder.calls if throws(call)] == []
