@@ -30,7 +30,7 @@ ORDER = {
         "config.__init__",
         "recording.spans recording.__init__",
         "recording.records",
-        "pruning.bits pruning.scratch pruning.sums",
+        "pruning.bits pruning.eager pruning.scratch pruning.sums",
         "pruning.plain pruning.fours",
         "pruning.cpu",
         "pruning.methods",
