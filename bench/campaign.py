@@ -58,7 +58,7 @@ STAGES = (
         2,
         "what this card and its library can reach",
         (
-            (*SDGP, "info", "--json"),
+            (*SDGP, "info", "--json", "-"),
             (*SDGP, "bench", "--parts", "machine", "--output", "{out}/results"),
         ),
     ),

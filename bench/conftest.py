@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_RUN] = []
     config.stash[STARTED] = time.monotonic()
+    _selection(config)  # names a wrong model or token count before anything is collected
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,7 +47,10 @@ def _selection(config: pytest.Config) -> Selection:
     known |= {case.model for case in TRAINED}
     if not known.issuperset(models):
         raise pytest.UsageError(f"--bench-models must be some of {sorted(known)}, got {models}")
-    tokens = tuple(int(count) for count in option("--bench-tokens").split(",") if count)
+    counts = [count for count in option("--bench-tokens").split(",") if count]
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise pytest.UsageError(f"--bench-tokens must be such as 4096,16384, got {counts}")
+    tokens = tuple(int(count) for count in counts)
     full = option("--bench-scope") == "full"
     return Selection(full, DTYPES[option("--bench-dtype")], models, tokens)
 

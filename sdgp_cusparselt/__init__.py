@@ -5,30 +5,47 @@ grad_input  = prune(grad_output) @ weight    2 of 4 along out_features, on spars
 grad_weight = grad_output.T      @ input     dense, or 2 of 4 along tokens
 """
 
-from sdgp_cusparselt import functional, nn
-from sdgp_cusparselt.arrays import same_kind
-from sdgp_cusparselt.config.choices import SDGPConfig
-from sdgp_cusparselt.config.schedule import Schedule
-from sdgp_cusparselt.errors import (
-    EquivalenceError,
-    NotSupportedError,
-    SDGPCacheWarning,
-    SDGPError,
-    SDGPFallbackWarning,
-)
-from sdgp_cusparselt.layers.convert import convert_, revert_, set_enabled_
-from sdgp_cusparselt.layers.report import ConversionReport
-from sdgp_cusparselt.layers.stepping import load_schedule_state, schedule_state, step, step_with
-from sdgp_cusparselt.packing import MetadataLayout, Packed24
-from sdgp_cusparselt.products.by_hand import library_layout, matmul, pack
-from sdgp_cusparselt.products.routes import BackendStatus, backend_status
-from sdgp_cusparselt.pruning import methods
-from sdgp_cusparselt.telemetry.counts import Telemetry, telemetry
-from sdgp_cusparselt.tuning.recorder import record_shapes
 from sdgp_cusparselt.versions import __version__
 
-#: ``pruning.prune`` for tensors, and for NumPy and CuPy arrays through DLPack.
-prune = same_kind(methods.prune)
+try:
+    import torch as _torch  # noqa: F401
+# OSError is what a wheel raises whose own libraries do not load.
+except (ImportError, OSError) as _error:
+    _why = f"sdgp_cusparselt needs torch, which cannot be imported: {_error}"
+
+    def _missing(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(_why)
+
+    # ``sdgp info`` reports on such a machine all the same. Not by its name, which would tell type
+    # checkers that this module has every attribute.
+    globals()["__getattr__"] = _missing
+else:
+    from sdgp_cusparselt import functional, nn
+    from sdgp_cusparselt.arrays import same_kind
+    from sdgp_cusparselt.config.choices import SDGPConfig
+    from sdgp_cusparselt.config.schedule import Schedule
+    from sdgp_cusparselt.errors import (
+        EquivalenceError,
+        NotSupportedError,
+        SDGPCacheWarning,
+        SDGPError,
+        SDGPFallbackWarning,
+        SDGPScheduleWarning,
+    )
+    from sdgp_cusparselt.layers.convert import convert_, revert_, set_enabled_
+    from sdgp_cusparselt.layers.report import ConversionReport
+    from sdgp_cusparselt.layers.stepping import load_schedule_state, schedule_state, step, step_with
+    from sdgp_cusparselt.packing import MetadataLayout, Packed24
+    from sdgp_cusparselt.products.by_hand import library_layout, matmul, pack
+    from sdgp_cusparselt.products.routes import BackendStatus, backend_status
+    from sdgp_cusparselt.pruning import methods
+    from sdgp_cusparselt.telemetry.counts import Telemetry, telemetry
+    from sdgp_cusparselt.tuning.recorder import record_shapes
+
+    #: ``pruning.prune`` for tensors, and for NumPy and CuPy arrays through DLPack.
+    prune = same_kind(methods.prune)
 
 __all__ = [
     "BackendStatus",
@@ -41,6 +58,7 @@ __all__ = [
     "SDGPConfig",
     "SDGPError",
     "SDGPFallbackWarning",
+    "SDGPScheduleWarning",
     "Schedule",
     "Telemetry",
     "__version__",

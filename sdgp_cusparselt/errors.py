@@ -11,6 +11,7 @@ __all__ = [
     "SDGPCacheWarning",
     "SDGPError",
     "SDGPFallbackWarning",
+    "SDGPScheduleWarning",
     "message",
     "type_error",
     "value_error",
@@ -35,6 +36,10 @@ class SDGPFallbackWarning(UserWarning):
 
 class SDGPCacheWarning(UserWarning):
     """A cache file was set aside or cannot be written; what it held is made anew when needed."""
+
+
+class SDGPScheduleWarning(UserWarning):
+    """A schedule does not move, or goes on from a checkpoint that was written under another one."""
 
 
 def value_error(function: str, argument: str, rule: str, got: object, fix: str) -> ValueError:

@@ -5,6 +5,9 @@ from types import ModuleType
 
 from sdgp_cusparselt.errors import SDGPError
 
+#: Packages of the ``train`` extra, so that one command brings all; from a clone no index is needed.
+TRAIN_PACKAGES = ("scikit-learn", "mlxtend", "matplotlib", "pillow", "transformers")
+
 
 class MissingPackageError(SDGPError, ModuleNotFoundError):
     """A package of the ``train`` extra is not installed; the message names the pip command."""
@@ -30,7 +33,7 @@ def require(module: str, *, package: str, purpose: str) -> ModuleType:
         if (error.name or "").partition(".")[0] != module.partition(".")[0]:
             raise
         raise MissingPackageError(
-            f"{purpose} needs the package {package}, which is not installed. "
-            f"Run: pip install {package} (or: pip install 'sdgp-cusparselt[train]')",
+            f"{purpose} needs the package {package}, which is not installed. Run: "
+            f"pip install {' '.join(dict.fromkeys((package, *TRAIN_PACKAGES)))}",
             name=error.name,
         ) from error

@@ -9,7 +9,7 @@ from sdgp_cusparselt.backends.base import Problem
 from sdgp_cusparselt.backends.candidates import offered
 from sdgp_cusparselt.backends.certificates import Certificates
 from sdgp_cusparselt.backends.float16 import float16_fault
-from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.backends.plans import (
     STRUCTURED_MULTIPLE,
@@ -139,12 +139,12 @@ class CusparseLtBackend:
         return operand.buffer
 
     def certificate(self, gemm: Gemm, candidate: Candidate) -> Certificate:
-        """Return whether our packing is proven for a plan, and in what order.
-
-        ``packer`` of it tells "ours" from "library": two contenders, of which a decision names
-        the one that was timed.
-        """
+        """Return whether our packing is proven for a plan, and in what order."""
         return self.certificates(gemm, candidate)
+
+    def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:
+        """Return what packs for a plan; see ``SparseExecutor``."""
+        return self.certificate(gemm, candidate).packer
 
     def matmul(
         self,

@@ -16,6 +16,7 @@ from pycusparselt.loader import Library
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.recording.spans import is_capturing as is_capturing
 
 DATA_TYPES = {torch.bfloat16: cslt.DataType.R_16BF, torch.float16: cslt.DataType.R_16F}
 
@@ -239,8 +240,3 @@ def device_calls(device: torch.device) -> tuple[int, Callable[[], int], Callable
         return 0, int, int
     index = torch.cuda.current_device() if device.index is None else device.index
     return index, torch._C._cuda_getDevice, partial(torch._C._cuda_getCurrentRawStream, index)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is being recorded into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

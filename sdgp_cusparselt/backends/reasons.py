@@ -3,7 +3,11 @@
 import torch
 
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem
-from sdgp_cusparselt.backends.plans import DATA_TYPES, DENSE_MULTIPLE, STRUCTURED_MULTIPLE
+from sdgp_cusparselt.backends.plans import (
+    DATA_TYPES,
+    DENSE_MULTIPLE,
+    STRUCTURED_MULTIPLE,
+)
 from sdgp_cusparselt.config.patterns import HARDWARE_PATTERNS
 
 #: The library counts the elements of a matrix in 32 bits.

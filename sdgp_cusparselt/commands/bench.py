@@ -4,10 +4,10 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import sdgp_cusparselt
+from sdgp_cusparselt.commands.arguments import UsageError, number, output_folder
+from sdgp_cusparselt.commands.console import Output, console
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.versions import version_of
 
@@ -32,7 +34,7 @@ PARTS = {
     "models": "bench_models.py",
     "unstructured": "bench_unstructured.py",
 }
-BAD_ARGUMENTS, FAILED, INTERRUPTED = 2, 1, 130
+FAILED, INTERRUPTED = 1, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=number(0),
         default=0.0,
         metavar="SECONDS",
         help="start nothing after this long; what is left is written down as not run",
@@ -62,49 +64,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="folder of results; the card gets a folder in it (default: bench/results)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print what was written and the summary as JSON"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the result file, print the summary; 1 if a result was wrong."""
-    console = Console(stderr=True, highlight=False)
-    try:
-        root = find_checkout()
-        parts = _parts(args.parts)
-        _need_pytest_benchmark()
-    except ValueError as error:
-        print(f"sdgp bench: {error}", file=sys.stderr)
-        return BAD_ARGUMENTS
+    """Measure, write the result file, print the summary; 1 if a result was wrong.
+
+    Raises:
+        ValueError: there is no checkout, or --parts, --models or --tokens name nothing in it.
+    """
+    root = find_checkout()
+    parts = _parts(args.parts)
+    _need_pytest_benchmark()
+    output = Output(args)
     cuda = torch.cuda.is_available()
     if not cuda:
-        console.print(
+        output.note(
             "No CUDA device: measuring the fallback and the emulated path on this CPU. The times "
             "say that the code runs, nothing about speed."
         )
-    with _importable(root):
+    with _importable(root), _cache(cuda):
         machine = _module("bench.machine")
         folder = (args.output or root / "bench" / "results") / machine.folder_name()
         target = result_path(folder, time.strftime("%Y-%m-%d"), machine.library()[0])
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            print(f"sdgp bench: cannot write to {folder}: {error.strerror}", file=sys.stderr)
-            return BAD_ARGUMENTS
-        code, log = _measure(_arguments(args, root, parts, target, cuda))
-        if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        code, log = _measure(_arguments(args, root, parts, target, cuda), output.quiet)
+        # pytest-benchmark before 5.3 opens the file at once and leaves it empty.
+        if not target.exists() or not target.stat().st_size:
+            target.unlink(missing_ok=True)
             print(f"{log}\nsdgp bench: nothing was measured", file=sys.stderr)
             return code or FAILED
         if code:
             print(log[-20_000:], file=sys.stderr)
-        _show(target, args.json)
-    console.print(f"wrote {target}\ntables and plots: python -m bench.report {folder}")
+        _show(target, output)
+    output.note(f"wrote {target}\ntables and plots: python -m bench.report {folder}")
     return code
+
+
+@contextlib.contextmanager
+def _cache(cuda: bool) -> Iterator[None]:
+    """Keep what the emulator proves on a CPU out of the user's cache, where GPUs would read it."""
+    if cuda:
+        yield
+        return
+    before = os.environ.get("SDGP_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="sdgp-bench-") as folder:
+        os.environ["SDGP_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["SDGP_CACHE_DIR"]
+            if before is not None:
+                os.environ["SDGP_CACHE_DIR"] = before
 
 
 def find_checkout() -> Path:
@@ -152,7 +166,7 @@ def _need_pytest_benchmark() -> None:
             "pytest-benchmark",
             "installed",
             "no such package",
-            "Install it: pip install 'sdgp-cusparselt[bench]'.",
+            "Run: pip install pytest pytest-benchmark matplotlib.",
         )
 
 
@@ -199,11 +213,12 @@ def _arguments(
 class _Bar:
     """A pytest plugin: a progress bar in a terminal, a line for each file elsewhere."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, quiet: bool) -> None:
         self.console = console
+        self.lines = not quiet and not console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self.progress = Progress(
-            *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+            *columns, TimeElapsedColumn(), console=console, disable=quiet or self.lines
         )
         self.task = self.progress.add_task("collecting", total=None)
         self.file = ""
@@ -216,7 +231,7 @@ class _Bar:
         """Show the benchmark that starts."""
         file, _, name = nodeid.partition("::")
         self.progress.update(self.task, description=name.partition("[")[2].rstrip("]")[:60])
-        if file != self.file and not self.console.is_terminal:
+        if file != self.file and self.lines:
             self.console.print(f"{time.strftime('%H:%M:%S')} {file}")
         self.file = file
 
@@ -225,31 +240,39 @@ class _Bar:
         self.progress.advance(self.task)
 
 
-def _measure(arguments: list[str]) -> tuple[int, str]:
-    """Run pytest in this process; return its exit code and what it printed."""
+def _measure(arguments: list[str], quiet: bool) -> tuple[int, str]:
+    """Run pytest in this process; return its exit code and what it printed.
+
+    Raises:
+        UsageError: it refuses the arguments, which name no model or no number of tokens.
+    """
     import pytest
 
     # pytest captures descriptor 2 while a benchmark runs; the bar draws on a copy of it.
     with os.fdopen(os.dup(2), "w", encoding="utf-8") as stderr:
-        bar = _Bar(Console(file=stderr, highlight=False))
-        printed = io.StringIO()
-        with bar.progress, contextlib.redirect_stdout(printed):
+        bar = _Bar(console(stderr), quiet)
+        printed, complained = io.StringIO(), io.StringIO()
+        with (
+            bar.progress,
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(complained),
+        ):
             code = int(pytest.main(arguments, plugins=[bar]))
+    if code == pytest.ExitCode.USAGE_ERROR:
+        raise UsageError(complained.getvalue().removeprefix("ERROR: ").replace("--bench-", "--"))
     if code == pytest.ExitCode.INTERRUPTED:
         return INTERRUPTED, f"{printed.getvalue()}interrupted"
     return (FAILED if code else 0), printed.getvalue()
 
 
-def _show(target: Path, as_json: bool) -> None:
+def _show(target: Path, output: Output) -> None:
     """Print the summary of the file that was just written."""
     report, data = _module("bench.report"), _module("bench.report_data")
     results = data.load([target])
-    if as_json:
-        found = {title: data.summary(results.of(*key)) for title, *key in report.HEADLINES}
-        shown = {"file": str(target), "measured": len(results.rows), "summary": found}
-        print(json.dumps(shown | {"not_run": list(results.not_run)}, indent=1))
-        return
+    found = {title: data.summary(results.of(*key)) for title, *key in report.HEADLINES}
+    document = {"file": str(target), "measured": len(results.rows), "summary": found}
+    output.write_json(document | {"not_run": list(results.not_run)})
     made = (report.summary_table, report.grad_input_table, report.model_table)
     for table in (make(results) for make in made):
         if table:
-            print(f"{table}\n")
+            output.print(f"{table}\n")

@@ -1,41 +1,35 @@
 """``sdgp check``: does every way on this machine compute what float64 says?"""
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from sdgp_cusparselt.backends.plans import on_device
+from sdgp_cusparselt.commands.arguments import device_of, integer
+from sdgp_cusparselt.commands.console import Output
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, WAYS, Outcome, check
 from sdgp_cusparselt.versions import versions
 
-MISMATCH, CANNOT = 1, 2
+WRONG = 1
+MISMATCH, NOT_RUN = "MISMATCH", "not run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdgp check``."""
     parser.add_argument("--device", help="cuda if there is one, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the data")
-    parser.add_argument("--json", metavar="PATH", help="write the outcome as JSON; - for stdout")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the data")
+    parser.add_argument("--details", action="store_true", help="list what is right, too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, print the table; 1 on any mismatch, 2 if the device is none."""
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        print(f"sdgp check: device {args.device!r} cannot be used: {error}", file=sys.stderr)
-        return CANNOT
+    """Check, print the verdict and what is wrong; 1 on any mismatch."""
+    device = device_of(args.device)
     reasons = routes.LIBRARY.machine_reasons(device)
     unavailable = {"sparse": "; ".join(reasons)} if reasons else {}
     with _full_precision(), on_device(device):
@@ -46,15 +40,11 @@ def run(args: argparse.Namespace) -> int:
             for case in CASES
             for dtype in DTYPES
         ]
-    wrong = sum(outcome.status == "MISMATCH" for outcome in outcomes)
-    if args.json:
-        text = json.dumps(_document(outcomes, unavailable, wrong), indent=1)
-        if args.json == "-":
-            print(text)
-            return MISMATCH if wrong else 0
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    _print(outcomes, unavailable, wrong)
-    return MISMATCH if wrong else 0
+    output = Output(args)
+    wrong = sum(outcome.status == MISMATCH for outcome in outcomes)
+    output.write_json(_document(outcomes, unavailable, wrong))
+    _print(output, outcomes, unavailable, wrong, args.details)
+    return WRONG if wrong else 0
 
 
 def _document(
@@ -68,21 +58,38 @@ def _document(
     }
 
 
-def _print(outcomes: Sequence[Outcome], unavailable: Mapping[str, str], wrong: int) -> None:
+def _print(
+    output: Output,
+    outcomes: Sequence[Outcome],
+    unavailable: Mapping[str, str],
+    wrong: int,
+    details: bool,
+) -> None:
+    for name in dict.fromkeys(outcome.way for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.way == name]
+        ran = sum(outcome.status != NOT_RUN for outcome in own)
+        bad = sum(outcome.status == MISMATCH for outcome in own)
+        verdict = f"WRONG: {bad} out of bound" if bad else "right: none out of bound"
+        left = f"; {len(own) - ran} that it cannot run" if ran < len(own) else ""
+        output.prose(f"{name} is {verdict}, of {ran} products compared with float64{left}.")
+    for name, reason in unavailable.items():
+        output.prose(f"{name} is not checked: {reason}")
+    shown = [o for o in outcomes if details or o.status == MISMATCH]
+    if shown:
+        output.print()
+        output.print(_table(shown))
+    if not details and len(shown) < len(outcomes):
+        output.print("Every product: --details")
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("way", "product", "case", "dtype", "device", "result"):
         table.add_column(column, overflow="fold")
     for o in outcomes:
         result = f"{o.status}: {o.detail}" if o.detail else o.status
         table.add_row(o.way, o.product, o.case, o.dtype, o.device, result)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(table)
-    for name, reason in unavailable.items():
-        print(f"{name} is not checked: {reason}")
-    ran = sum(outcome.status != "not run" for outcome in outcomes)
-    print(f"{ran} products compared with float64, {wrong} out of bound")
+    return table
 
 
 @contextmanager

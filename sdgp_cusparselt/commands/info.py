@@ -1,15 +1,15 @@
 """``sdgp info``: an environment report to paste into an issue; it never fails."""
 
 import argparse
-import json
+import os
 import platform
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from sdgp_cusparselt.commands.arguments import UsageError, integer, output_file
+from sdgp_cusparselt.commands.console import Output, folded
 from sdgp_cusparselt.versions import version_of, versions
 
 if TYPE_CHECKING:
@@ -29,9 +29,14 @@ OPTIONAL = (
 )
 
 
+#: Keys of the report that start so are what was learned: one paragraph each.
+LAYOUT = "layout: "
+#: Edge of the largest operand whose layout is drawn.
+LARGEST_DRAWING = 4096
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdgp info``."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--layout",
         nargs="?",
@@ -39,26 +44,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="draw a metadata layout: a name, or what was learned on this machine",
     )
-    parser.add_argument("--rows", type=int, default=128, help="rows of the drawn operand")
-    parser.add_argument("--cols", type=int, default=128, help="columns of the drawn operand")
-    parser.add_argument("--png", metavar="PATH", help="draw the layout into a picture")
+    edge = integer(1, LARGEST_DRAWING)
+    parser.add_argument("--rows", type=edge, default=128, help="rows of the drawn operand")
+    parser.add_argument("--cols", type=edge, default=128, help="columns of the drawn operand")
+    parser.add_argument(
+        "--png", type=output_file, metavar="PATH", help="draw the layout into a picture"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report and return 0, whatever is missing or broken; 2 for an unknown layout."""
+    output = Output(args)
     if args.layout is not None:
-        return _draw(args)
-    report = collect()
-    if args.json:
-        print(json.dumps(report, indent=2))
+        _draw(args, output)
         return 0
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in report.items():
-        table.add_row(key, str(value))
-    Console(highlight=False).print(table)
+    report = collect()
+    output.write_json(report)
+    output.print(describe(report, output.width))
     return 0
+
+
+def describe(report: dict[str, str], width: int) -> str:
+    """Return the report as lines of at most ``width`` columns: values beside their keys.
+
+    Words longer than a line, such as paths, stay whole, so that they can be copied.
+    """
+    width = max(width, 40)
+    plain = {key: value for key, value in report.items() if not key.startswith(LAYOUT)}
+    edge = max(map(len, plain)) + 2
+    lines = [folded(v or "none", width, k.ljust(edge), " " * edge) for k, v in plain.items()]
+    for key in [key for key in report if key not in plain]:
+        lines.append(folded(key, width, "", "  "))
+        lines.append(folded(report[key], width, "  ", "  "))
+    return "\n".join(lines)
 
 
 def collect() -> dict[str, str]:
@@ -73,8 +91,12 @@ def collect() -> dict[str, str]:
     return report
 
 
-def _draw(args: argparse.Namespace) -> int:
-    """Print the layouts that are asked for; a picture of the first one with --png."""
+def _draw(args: argparse.Namespace, output: Output) -> None:
+    """Print the layouts that are asked for; a picture of the first one with --png.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
     from sdgp_cusparselt.packing.drawing import draw_png, draw_text
     from sdgp_cusparselt.packing.layout import NAMED
 
@@ -82,20 +104,17 @@ def _draw(args: argparse.Namespace) -> int:
     if args.layout == "learned":
         nothing = {"plain (nothing was learned on this machine yet)": NAMED["plain"]}
         chosen = {**(_learned() or nothing)}
+    document = {}
     for title, layout in chosen.items():
         if layout is None:
             names = ", ".join(NAMED)
-            print(f"sdgp info: --layout must be one of {names}, got {title}.", file=sys.stderr)
-            return 2
-        try:
-            drawing = draw_text(layout, args.rows, args.cols)
-            if args.png:
-                draw_png(layout, args.rows, args.cols, args.png)
-        except (ValueError, ModuleNotFoundError) as error:
-            print(f"sdgp info: {error}", file=sys.stderr)
-            return 2
-        print(f"{title}\n{drawing}")
-    return 0
+            raise UsageError(f"argument --layout: must be one of {names}, got {title!r}")
+        drawing = draw_text(layout, args.rows, args.cols)
+        if args.png:
+            draw_png(layout, args.rows, args.cols, args.png)
+        output.print(f"{title}\n{drawing}")
+        document[title] = layout.to_json()
+    output.write_json(document)
 
 
 def _learned() -> dict[str, "MetadataLayout"]:
@@ -155,6 +174,35 @@ def _library() -> dict[str, str]:
     return {"cusparselt": f"{library.version_text} at {library.path}"}
 
 
+def _owners() -> dict[str, str]:
+    """Name the file that several wheels installed over each other: pip removes it with any one."""
+    import pycusparselt.loader
+
+    wheels: dict[str, list[str]] = {}
+    for distribution in metadata.distributions():
+        for file in distribution.files or ():
+            if file.name == pycusparselt.loader.SONAME:
+                path = os.path.realpath(str(file.locate()))
+                wheels.setdefault(path, []).append(f"{distribution.name} {distribution.version}")
+    shared = {path: sorted(set(names)) for path, names in wheels.items() if len(set(names)) > 1}
+    if not shared:
+        return {}
+    ((path, names), *_) = shared.items()
+    owners = " ".join(name.split()[0] for name in names)
+    return {
+        "cusparselt conflict": f"{' and '.join(names)} both own {path}, and removing either "
+        f"removes it. pip uninstall {owners}, then pip install the one that torch "
+        f"asks for: {_wanted_by_torch()}"
+    }
+
+
+def _wanted_by_torch() -> str:
+    """Return torch's requirement of cuSPARSELt as its metadata has it."""
+    required = metadata.requires("torch") or ()
+    wanted = (line.partition(";")[0].strip() for line in required if "cusparselt" in line)
+    return next(wanted, "none, so the one for torch's CUDA")
+
+
 def _backends() -> dict[str, str]:
     import sdgp_cusparselt as sdgp
 
@@ -181,10 +229,10 @@ def _layouts() -> dict[str, str]:
         shapes = sorted({plan.split()[0] for plan in proven})
         if proven:
             where = f"{' and '.join(sorted(names))}, proven for {len(proven)} plans"
-            report[f"layout: {title}"] = f"{where} of {', '.join(shapes)}"
+            report[f"{LAYOUT}{title}"] = f"{where} of {', '.join(shapes)}"
         for plan, entry in proof["plans"].items():
             if "refused" in entry:
-                report[f"layout: {title}, {plan}"] = f"not proven: {entry['refused']}"
+                report[f"{LAYOUT}{title}, {plan}"] = f"not proven: {entry['refused']}"
     return report
 
 
@@ -193,6 +241,7 @@ PROBES: tuple[Callable[[], dict[str, str]], ...] = (
     _versions,
     _devices,
     _library,
+    _owners,
     _backends,
     _kernels,
     _layouts,

@@ -1,22 +1,23 @@
 """``sdgp plan``: every GEMM of a training step and its predicted time on each GPU; needs no GPU."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import torch
 
-from sdgp_cusparselt.planner.gemms import trace_step
-from sdgp_cusparselt.planner.gpus import GPUS
-from sdgp_cusparselt.planner.models import PRESETS, load
-from sdgp_cusparselt.planner.report import as_json, render
+from sdgp_cusparselt.cards.gpus import GPUS
+from sdgp_cusparselt.commands.arguments import UsageError, integer, output_file, sizes
+from sdgp_cusparselt.commands.console import Output
+from sdgp_cusparselt.planner import report
+from sdgp_cusparselt.planner.gemms import Trace, trace_step
+from sdgp_cusparselt.planner.models import PRESETS, Problem, load
 from sdgp_cusparselt.planner.results import (
+    PredictionError,
     measured_efficiency,
     prediction_errors,
     result_files,
 )
-from sdgp_cusparselt.planner.roofline import forecast
+from sdgp_cusparselt.planner.roofline import Forecast, forecast
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRESETS)}; transformers:<model type or config.json>; "
         "or package.module:callable that returns a torch.nn.Module",
     )
-    parser.add_argument("--batch", type=int, help="samples in a step")
-    parser.add_argument("--sequence", type=int, help="tokens in a sample (models that read ids)")
-    parser.add_argument("--resolution", type=int, help="image edge in pixels")
+    parser.add_argument("--batch", type=integer(1), help="samples in a step")
+    parser.add_argument(
+        "--sequence", type=integer(1), help="tokens in a sample (models that read ids)"
+    )
+    parser.add_argument("--resolution", type=integer(1), help="image edge in pixels")
     parser.add_argument(
         "--shape",
-        type=_shape,
+        type=sizes,
         help="shape of one sample, such as 3x224x224, for module:callable models",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -53,33 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("bench/results"),
         help="folder of measured results, one folder a GPU (default: bench/results)",
     )
-    parser.add_argument("--limit", type=int, default=12, help="rows of each GEMM table")
-    parser.add_argument("--json", metavar="PATH", help="write the plan as JSON; - for stdout")
-    parser.add_argument("--plot", metavar="PATH", type=Path, help="write a PNG")
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    """Read 3x224x224; argparse turns the ValueError of a wrong one into its own message."""
-    return tuple(int(part) for part in text.split("x"))
+    parser.add_argument(
+        "--details", action="store_true", help="also every GEMM, each assumption, and the sources"
+    )
+    parser.add_argument(
+        "--limit", type=integer(0), default=12, help="rows of each GEMM table of --details"
+    )
+    parser.add_argument("--plot", metavar="PATH", type=output_file, help="write a PNG")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trace, predict, report; 2 when the arguments name no model that can be traced."""
-    try:
-        problem = load(
-            args.model,
-            batch=args.batch,
-            sequence=args.sequence,
-            resolution=args.resolution,
-            shape=args.shape,
-            dtype=DTYPES[args.dtype],
-        )
-    except (ValueError, ImportError, AttributeError) as error:
-        print(f"sdgp plan: {error}", file=sys.stderr)
-        return 2
-    trace = trace_step(
-        problem.model, problem.inputs, exclude=args.exclude, include_heads=args.include_heads
-    )
+    """Trace, predict, report.
+
+    Raises:
+        UsageError: the arguments name no model that can be traced.
+    """
+    problem, trace = _traced(args)
     gpus = [GPUS[name] for name in args.gpu]
     forecasts = [forecast(trace, gpu, measured_efficiency(gpu, args.results)) for gpu in gpus]
     errors = [
@@ -92,11 +84,56 @@ def run(args: argparse.Namespace) -> int:
         from sdgp_cusparselt.planner.plot import plot
 
         plot(args.plot, problem, forecasts)
-    if args.json:
-        text = json.dumps(as_json(problem, trace, forecasts, errors), indent=1)
-        if args.json == "-":
-            print(text)
-            return 0
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    print(render(problem, trace, forecasts, errors, limit=args.limit))
+    output = Output(args)
+    output.write_json(report.as_json(problem, trace, forecasts, errors))
+    _print(output, problem, trace, forecasts, errors, args)
     return 0
+
+
+def _traced(args: argparse.Namespace) -> tuple[Problem, Trace]:
+    try:
+        problem = load(
+            args.model,
+            batch=args.batch,
+            sequence=args.sequence,
+            resolution=args.resolution,
+            shape=args.shape,
+            dtype=DTYPES[args.dtype],
+        )
+        trace = trace_step(
+            problem.model, problem.inputs, exclude=args.exclude, include_heads=args.include_heads
+        )
+    # Building and running a model is somebody else's code, which may raise anything.
+    except Exception as error:
+        own = isinstance(error, ValueError | ImportError) and str(error).startswith("plan: ")
+        why = str(error) if own else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{args.model} cannot be planned: {why}") from error
+    if not trace.gemms:
+        raise UsageError(f"{args.model} cannot be planned: its forward pass multiplies no matrices")
+    return problem, trace
+
+
+def _print(
+    output: Output,
+    problem: Problem,
+    trace: Trace,
+    forecasts: list[Forecast],
+    errors: list[PredictionError],
+    args: argparse.Namespace,
+) -> None:
+    """Print a sentence for each card, the tables below, and where the numbers come from."""
+    for result in forecasts:
+        output.prose(report.verdict(result))
+    output.print()
+    output.print(report.overview(forecasts))
+    output.print()
+    for line in (report.COLUMNS_NOTE, *report.summary(problem, trace)):
+        output.prose(line)
+    output.print()
+    if args.details:
+        output.print(report.details(trace, forecasts, errors, limit=args.limit))
+        output.print()
+        for line in report.sources(forecasts):
+            output.prose(line)
+        output.print()
+    output.prose(report.CAVEAT + ("" if args.details else " Every GEMM and source: --details."))

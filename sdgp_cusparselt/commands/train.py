@@ -6,12 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from rich.console import Console
-
 from sdgp_cusparselt.cache import write_atomically
+from sdgp_cusparselt.commands.arguments import (
+    UsageError,
+    device_of,
+    integer,
+    number,
+    output_file,
+    output_folder,
+)
+from sdgp_cusparselt.commands.console import Output, console
 from sdgp_cusparselt.config.choices import BackendName
-from sdgp_cusparselt.errors import SDGPError, value_error
+from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.training.checkpoint import write_json
 from sdgp_cusparselt.training.data import Dataset
 from sdgp_cusparselt.training.interrupts import StopSignal
@@ -20,7 +27,7 @@ from sdgp_cusparselt.training.plots import check_matplotlib, plot_curves, plot_r
 from sdgp_cusparselt.training.progress import SweepProgress
 from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.recipe_file import is_task, open_task, shipped_recipes
-from sdgp_cusparselt.training.report import markdown_table, terminal_table
+from sdgp_cusparselt.training.report import markdown_table, terminal_table, verdict
 from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped
 from sdgp_cusparselt.training.sweep import check_methods, plan_runs, report_document, run_sweep
 from sdgp_cusparselt.training.tasks import TASKS, Task
@@ -28,8 +35,8 @@ from sdgp_cusparselt.training.tasks import TASKS, Task
 DEFAULT_METHODS = "dense,mvue,magnitude,random"
 #: Options of the command line that replace one field of the task's recipe.
 RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "gradient_accumulation", "learning_rate")
-BAD_ARGUMENTS = 2
-INTERRUPTED = 130
+#: More than this is a slip of the hand.
+LARGEST_SWEEP = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,93 +60,109 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="table1: all rows of the paper's CIFAR-10 table; gradient-bias: biased and unbiased "
         "methods for grad_input and for grad_weight",
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="how many seeds")
+    parser.add_argument(
+        "--seeds", type=integer(1, LARGEST_SWEEP), default=1, metavar="K", help="how many seeds"
+    )
     parser.add_argument(
         "--first-seed",
-        type=int,
+        type=integer(0),
         default=0,
         metavar="S",
         help="seeds S .. S+K-1; take fresh ones to judge what was chosen by looking at others",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, help="passes over the data (default: the task's)")
-    length.add_argument("--steps", type=int, help="optimizer steps (default: the task's)")
-    parser.add_argument("--batch-size", type=int, metavar="N")
-    parser.add_argument(
-        "--gradient-accumulation", type=int, metavar="PARTS", help="of a batch, one after another"
+    length.add_argument(
+        "--epochs", type=integer(1), help="passes over the data (default: the task's)"
     )
-    parser.add_argument("--learning-rate", type=float, metavar="LR")
+    length.add_argument("--steps", type=integer(1), help="optimizer steps (default: the task's)")
+    parser.add_argument("--batch-size", type=integer(1), metavar="N")
+    parser.add_argument(
+        "--gradient-accumulation",
+        type=integer(1),
+        metavar="PARTS",
+        help="of a batch, one after another",
+    )
+    parser.add_argument("--learning-rate", type=number(0, above=True), metavar="LR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--backend", choices=get_args(BackendName), default="auto")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="checkpoints and results (default: runs/<task>)"
+        "--out",
+        type=output_folder,
+        metavar="DIR",
+        help="checkpoints, results.json, results.md and curves.png (default: runs/<task>)",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="default: DIR/results.json")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="default: DIR/results.md")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="default: DIR/curves.png")
+    parser.add_argument(
+        "--markdown", type=output_file, metavar="PATH", help="default: DIR/results.md"
+    )
+    parser.add_argument("--plot", type=output_file, metavar="PATH", help="default: DIR/curves.png")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with what DIR holds")
     again.add_argument("--overwrite", action="store_true", help="do the runs in DIR anew")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, print the table, write JSON, Markdown and plot; return the exit code."""
-    try:
-        task = open_task(args.task, args.data)
-        out = args.out if args.out is not None else Path("runs") / task.name
-        methods, recipe, device = _methods(args), _recipe(args, task), _device(args.device)
-        backend = _backend(args, device)
-        specs = plan_runs(
-            task, methods, args.seeds, recipe, device, args.precision, backend, args.first_seed
-        )
-        check_methods(task, methods)
-        check_matplotlib()
-        dataset = task.load()
-        _prepare(out, specs, resume=args.resume, overwrite=args.overwrite)
-        return _train(args, task, dataset, specs, out)
-    except (SDGPError, ValueError, TypeError, OSError) as error:
-        print(f"sdgp train: {error}", file=sys.stderr)
-        return BAD_ARGUMENTS
-    except KeyboardInterrupt:
-        print("sdgp train: interrupted; repeat the call with --resume", file=sys.stderr)
-        return INTERRUPTED
+    """Train, print verdict and table, write JSON, Markdown and plot; return the exit code."""
+    output = Output(args)
+    task = open_task(args.task, args.data)
+    out = args.out if args.out is not None else Path("runs") / task.name
+    methods, recipe, device = _methods(args), _recipe(args, task), str(device_of(args.device))
+    backend = _backend(args, device)
+    specs = plan_runs(
+        task, methods, args.seeds, recipe, device, args.precision, backend, args.first_seed
+    )
+    check_methods(task, methods)
+    check_matplotlib()
+    dataset = task.load()
+    _prepare(out, specs, resume=args.resume, overwrite=args.overwrite)
+    return _train(args, task, dataset, specs, out, output)
 
 
 def _train(
-    args: argparse.Namespace, task: Task, dataset: Dataset, specs: list[RunSpec], out: Path
+    args: argparse.Namespace,
+    task: Task,
+    dataset: Dataset,
+    specs: list[RunSpec],
+    out: Path,
+    output: Output,
 ) -> int:
     stop = StopSignal()
+    progress = SweepProgress(len(specs), console(sys.stderr), quiet=output.quiet)
     try:
-        with stop, SweepProgress(len(specs)) as bars:
+        with stop, progress as bars:
             results = run_sweep(specs, task, dataset, out, stop, bars.on_run, bars.on_step)
     except Stopped as stopped:
         print(f"sdgp train: {stopped}. To go on: {_resume_command(args, out)}", file=sys.stderr)
         return stop.exit_code
     document = report_document(task, dataset, specs, results)
     document["command"] = _command(args)
-    _publish(args, task, document, out)
+    _publish(args, task, document, out, output)
     return 0
 
 
-def _publish(args: argparse.Namespace, task: Task, document: dict[str, Any], out: Path) -> None:
-    """Print the table, write the three files and say where they are."""
+def _publish(
+    args: argparse.Namespace, task: Task, document: dict[str, Any], out: Path, output: Output
+) -> None:
+    """Print verdict and table, write the three files and say where they are."""
     paths = {
-        "JSON": args.json or out / "results.json",
+        "JSON": out / "results.json",
         "Markdown": args.markdown or out / "results.md",
         "plot": args.plot or out / "curves.png",
     }
     write_json(paths["JSON"], document)
+    output.write_json(document)
     text = f"{markdown_table(document, task.metric)}\nMade by `{document['command']}`.\n"
-    write_atomically(paths["Markdown"], lambda file: file.write(text.encode()))
+    # Paths of another encoding than the terminal's come as surrogates.
+    encoded = text.encode("utf-8", "surrogateescape")
+    write_atomically(paths["Markdown"], lambda file: file.write(encoded))
     draw = plot_rows if args.sweep else plot_curves
     draw(document, task.metric, paths["plot"])
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(terminal_table(document, task.metric))
+    output.prose(verdict(document, task.metric))
+    output.print()
+    output.print(terminal_table(document, task.metric, output.width))
+    output.print()
     for name, path in paths.items():
-        print(f"{name}: {path}")
+        output.print(f"{name}: {path}")
 
 
 def _task_word(text: str) -> str:
@@ -160,23 +183,19 @@ def _recipe(args: argparse.Namespace, task: Task) -> Recipe:
     return task.recipe.replace(**{name: v for name, v in given.items() if v is not None})
 
 
-def _device(text: str) -> str:
-    if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        rule = "auto, cpu, cuda or cuda:<index>"
-        raise value_error("train", "--device", rule, repr(text), "Pick one.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        fix = "Run with --device cpu, or install a torch that sees the GPU."
-        raise value_error("train", "--device", "a device that torch sees", repr(text), fix)
-    return str(device)
-
-
 def _backend(args: argparse.Namespace, device: str) -> BackendName:
+    """Return the backend; a forced one that cannot run here ends the command before any training.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    on_cpu = device == "cpu"
+    for status in routes.backend_status():
+        if status.name == args.backend and not status.available:
+            raise UsageError(f"argument --backend: {args.backend} cannot run: {status.reason}")
+    if on_cpu and args.backend == "cusparselt":
+        raise UsageError("argument --backend: cusparselt cannot run on --device cpu")
     # On a CPU nothing else can run, and no layer needs to announce that it is so.
-    on_cpu = torch.device(device).type == "cpu"
     backend: BackendName = "dense" if on_cpu and args.backend == "auto" else args.backend
     return backend
 

@@ -18,7 +18,7 @@ GradWeightMode = Literal["dense", "sparse"]
 BackendName = Literal["auto", "cusparselt", "dense"]
 OnUnsupported = Literal["plain", "emulate", "raise"]
 OnSlower = Literal["plain", "emulate"]
-TunePolicy = Literal["first_use", "ahead", "never"]
+TunePolicy = Literal["auto", "first_use", "ahead", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,12 @@ class SDGPConfig:
         on_slower: what backend "auto" does where the sparse path was measured slower than dense:
             "plain" leaves the gradient unpruned, so that no shape is slower than without this
             package; "emulate" prunes all the same, so that the numbers do not depend on the GPU.
-        tune: "ahead" uses the sparse path only for shapes that ``sdgp tune`` decided before,
-            "first_use" tunes a shape when it first occurs (seconds, once per GPU and version),
-            "never" times nothing and uses the library's default algorithm where it proves right.
+        tune: how shapes get onto the sparse path, once per GPU and version. "auto" takes what was
+            decided before, and else tries a few algorithms when a shape first occurs (about 2 s a
+            shape, 60 s a process, nothing where the GPU's published speeds rule a gain out);
+            "first_use" tries all of them then, "ahead" only takes what ``sdgp tune`` decided
+            before, "never" times nothing and uses the library's default algorithm where it proves
+            right. What is not on the sparse path runs plain.
         check_every: compare a layer's sparse result with the dense one every so many calls; 0
             never does.
         telemetry_every: sample a layer's gradient error every so many calls; 0 never does. Only
@@ -67,7 +70,7 @@ class SDGPConfig:
     backend: BackendName = "auto"
     on_unsupported: OnUnsupported = "plain"
     on_slower: OnSlower = "plain"
-    tune: TunePolicy = "ahead"
+    tune: TunePolicy = "auto"
     check_every: int = 0
     telemetry_every: int = 0
     schedule: Schedule | None = None

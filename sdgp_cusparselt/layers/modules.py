@@ -15,6 +15,8 @@ from sdgp_cusparselt.errors import SDGPError, type_error
 from sdgp_cusparselt.layers import casting, functional
 from sdgp_cusparselt.layers.autograd import pruned_linear
 from sdgp_cusparselt.layers.plain import linear_prunes, may_prune
+from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
+from sdgp_cusparselt.layers.schedule_state import ScheduleState
 from sdgp_cusparselt.recording.records import LayerRecord
 
 _STATE = (
@@ -248,6 +250,9 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
     )
     module.__dict__.update(zip(_STATE, state, strict=True))
     module.__class__ = target
+    if config.schedule is not None:
+        assert isinstance(module, SDGPModule)
+        module.add_module(SCHEDULE, ScheduleState(module))
 
 
 def check_releasable(function: str, module: nn.Module) -> None:
@@ -270,6 +275,7 @@ def release_(module: nn.Module) -> None:
     module.__class__ = dense_class  # type: ignore[assignment]
     for name in _STATE:
         del module.__dict__[name]
+    module._modules.pop(SCHEDULE, None)
 
 
 def _twin(module: nn.Module) -> Any:

@@ -1,5 +1,6 @@
 """step, step_with and the state of schedules: what moves a converted model through its phases."""
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from sdgp_cusparselt.config.patterns import checked_int
 from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.layers.convert import converted_layers
+
+#: Layer -> the optimizer whose steps it counts since ``step_with``.
+_drivers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Optimizer]]"
+_drivers = weakref.WeakKeyDictionary()
 
 
 def step(model: nn.Module) -> int:
@@ -26,12 +31,11 @@ def step(model: nn.Module) -> int:
 
     Raises:
         TypeError: model is no module.
-        ValueError: it has no converted layer, or its layers count different steps.
+        ValueError: it has no converted layer, its layers count different steps, or ``step_with``
+            counts them already.
     """
-    count = _count("step", model) + 1
-    for _, layer in converted_layers("step", model):
-        layer.sdgp_set_step(count)
-    return count
+    _check_undriven("step", model)
+    return _advance("step", model)
 
 
 def step_with(optimizer: Any, model: nn.Module) -> RemovableHandle:
@@ -49,7 +53,7 @@ def step_with(optimizer: Any, model: nn.Module) -> RemovableHandle:
 
     Raises:
         TypeError: optimizer is no torch optimizer, or model no module.
-        ValueError: model has no converted layer.
+        ValueError: model has no converted layer, or an optimizer counts its steps already.
     """
     # Wrappers call themselves optimizers, but take no hooks of their own.
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
@@ -59,13 +63,46 @@ def step_with(optimizer: Any, model: nn.Module) -> RemovableHandle:
         fix = "Pass what torch.optim made."
         raise type_error("step_with", "optimizer", "a torch.optim.Optimizer", got, fix)
     _count("step_with", model)
-    return optimizer.register_step_post_hook(lambda *_: _counted(model))
+    _check_undriven("step_with", model)
+    handle = _Driving(optimizer.register_step_post_hook(lambda *_: _counted(model)), model)
+    for _, layer in converted_layers("step_with", model):
+        _drivers[layer] = weakref.ref(optimizer)
+    return handle
+
+
+class _Driving(RemovableHandle):
+    """The optimizer's handle, whose removal also lets the model be driven in another way."""
+
+    def __init__(self, hook: RemovableHandle, model: nn.Module) -> None:
+        self.__dict__.update(hook.__dict__)
+        self._layers = weakref.WeakSet(layer for _, layer in converted_layers("step_with", model))
+
+    def remove(self) -> None:
+        """Stop counting."""
+        super().remove()
+        for layer in self._layers:
+            _drivers.pop(layer, None)
+        self._layers.clear()
+
+
+def _check_undriven(function: str, model: nn.Module) -> None:
+    """Raise ValueError if ``step_with`` counts a layer's steps for an optimizer that lives."""
+    for name, layer in converted_layers(function, model):
+        driver = _drivers.get(layer)
+        if driver is not None and driver() is not None:
+            rule = "one whose steps nothing else counts"
+            got = f"one whose layer {name or '(root)'!r} sdgp.step_with drives already"
+            fix = (
+                "Count in one place only, or call remove() on the handle of the earlier step_with."
+            )
+            raise value_error(function, "model", rule, got, fix)
 
 
 def schedule_state(model: nn.Module) -> dict[str, Any]:
-    """Return where a converted model stands in its schedule, to be saved beside its state dict.
+    """Return where a converted model stands in its schedule.
 
-    The state dict itself has the keys of the plain model, so that both load each other's.
+    The state dict of layers with a schedule carries the same; this is for checkpoints of other
+    things, such as adapters alone.
 
     Args:
         model: any module with converted layers, wrapped or not.
@@ -104,7 +141,14 @@ def load_schedule_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _counted(model: nn.Module) -> None:
-    step(model)
+    _advance("step_with", model)
+
+
+def _advance(function: str, model: nn.Module) -> int:
+    count = _count(function, model) + 1
+    for _, layer in converted_layers(function, model):
+        layer.sdgp_set_step(count)
+    return count
 
 
 def _count(function: str, model: nn.Module) -> int:

@@ -7,6 +7,7 @@ are known to be right.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from sdgp_cusparselt.packing.variants import (
     RATIO_PER_BLOCK,
     RATIO_PER_ROW,
     PackVariant,
+    PruneVariant,
     SumsVariant,
     Target,
     choose_tile,
@@ -139,6 +141,41 @@ class PreparedPack:
         )
 
 
+@dataclass(frozen=True)
+class PreparedPrune:
+    """One way of pruning one shape to a dense tensor, resolved.
+
+    Attributes:
+        draws: whether seed and offset matter.
+        seeds_in_memory: whether they are read from ``seeds`` on the device.
+    """
+
+    draws: bool
+    seeds_in_memory: bool
+    _start: Callable[..., None]
+
+    def __call__(
+        self,
+        x: int,
+        out: int,
+        seed: int,
+        offset: int,
+        stream: int,
+        *,
+        seeds: int = 0,
+        ratio: int = 0,
+    ) -> None:
+        """Prune on a stream of the device that this was prepared for, which must be current.
+
+        Args:
+            x: address of x, a multiple of 16.
+            out: address of [M, width] of x's dtype, without gaps; not x itself.
+            seed, offset, stream, seeds: see ``PreparedPack``.
+            ratio: address of float32 [samples, width] along features, [M] along tokens.
+        """
+        self._start(stream, x, out, ratio, seeds, seed, offset)
+
+
 @functools.lru_cache(maxsize=1024)
 def prepare_pack(
     shape: tuple[int, int],
@@ -227,6 +264,61 @@ def prepare_pack(
         seeds_in_memory,
         start,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_prune(
+    shape: tuple[int, int],
+    row_stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    method: str,
+    tokens: bool = False,
+    n: int = 2,
+    rows_per_ratio: int | None = None,
+    seeds_in_memory: bool = False,
+) -> PreparedPrune:
+    """Resolve once a prune of x that writes a dense tensor.
+
+    Args:
+        shape: [M, width] of x as ``aligned`` returns it, width a multiple of 8.
+        row_stride: elements from a row of x to the next, a multiple of 8.
+        dtype: float16 or bfloat16.
+        device: where x lies.
+        method: how to prune.
+        tokens: whether groups run along tokens; else along features.
+        n: values kept of four, 1 or 2.
+        rows_per_ratio: rows of x that share a row of ratios along features; all if None.
+        seeds_in_memory: see ``prepare_pack``.
+
+    Returns:
+        PreparedPrune: the same object for the same arguments, up to 1024 of them.
+
+    Raises:
+        ValueError: a width or a row stride that is not whole octets.
+        ModuleNotFoundError: where Triton cannot be imported.
+    """
+    num_rows, width = shape
+    for name, value in (("width", width), ("row_stride", row_stride)):
+        if value % OCTET:
+            rule = f"a multiple of {OCTET}"
+            raise value_error("prepare_prune", name, rule, value, "Copy x: aligned(x).")
+    rows_per_ratio = num_rows if rows_per_ratio is None else rows_per_ratio
+    variant = PruneVariant(dtype, method, tokens, n, seeds_in_memory=seeds_in_memory)
+    tile = variant.tile
+    if not tokens:
+        kind = _ratio_kind(method, rows_per_ratio, num_rows, tile.block_m)
+        variant = dataclasses.replace(variant, ratio=kind)
+    start = _prepare_kernel(
+        "prune_kernel",
+        device,
+        grid_of(shape, tile.block_m, tile.block_k),
+        (num_rows, width // OCTET, row_stride // OCTET, rows_per_ratio),
+        variant.constants(native=not interpreted()),
+        tile.num_warps,
+    )
+    return PreparedPrune(method in STOCHASTIC, seeds_in_memory, start)
 
 
 def launch_abs_sums(

@@ -131,10 +131,10 @@ def pack_gradient(
         rescaled_magnitude reads x a second time, beforehand, for its ratio. Column sums are
         deterministic, and so is everything else for given seeds.
     """
-    _check_x(x, features, tokens)
+    check_matrix(x, features, tokens)
     if n not in (1, 2):
         raise value_error("pack", "n", "1 or 2", n, "Other patterns have no 2:4 format.")
-    per_sample = _checked_samples(x, tokens_per_sample)
+    per_sample = checked_samples(x, tokens_per_sample)
     x = x.detach()
     wanted = []
     for transposed, method, layout in (
@@ -143,11 +143,11 @@ def pack_gradient(
     ):
         if method is not None:
             wanted.append(_Direction(method, transposed, _layout(x, layout, transposed)))
-    use_kernel = _use_kernel(x, backend, [direction.layout for direction in wanted])
+    by_kernel = use_kernel(x, backend, [direction.layout for direction in wanted])
     seeds: Seeds = (0, 0)
     if any(direction.method in STOCHASTIC for direction in wanted):
         seeds = draw_seeds(x.device, generator)
-    run = _by_kernel if use_kernel else _by_reference
+    run = _by_kernel if by_kernel else _by_reference
     return run(x, wanted, n, per_sample, seeds, column_sums)
 
 
@@ -179,7 +179,7 @@ def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
     return like(dense, packed.unpack() @ right)
 
 
-def _check_x(x: Tensor, features: str | None, tokens: str | None) -> None:
+def check_matrix(x: Tensor, features: str | None, tokens: str | None) -> None:
     """Raise unless x can be packed that way; nothing has been allocated or launched yet."""
     if not isinstance(x, Tensor):
         raise type_error("pack", "x", "a torch.Tensor", type(x).__name__, "Convert it first.")
@@ -206,7 +206,8 @@ def _check_x(x: Tensor, features: str | None, tokens: str | None) -> None:
             raise type_error("pack", "x", f"float16 or bfloat16 for {method}", x.dtype, fix)
 
 
-def _checked_samples(x: Tensor, tokens_per_sample: int | None) -> int:
+def checked_samples(x: Tensor, tokens_per_sample: int | None) -> int:
+    """Return the rows of one sample, or raise ValueError."""
     rows = x.shape[0]
     per_sample = rows if tokens_per_sample is None else tokens_per_sample
     if per_sample < 1 or rows % per_sample:
@@ -240,7 +241,7 @@ def _layout(x: Tensor, layout: MetadataLayout | None, transposed: bool) -> Metad
     return layout
 
 
-def _use_kernel(x: Tensor, backend: str, layouts: list[MetadataLayout]) -> bool:
+def use_kernel(x: Tensor, backend: str, layouts: list[MetadataLayout]) -> bool:
     """Choose, or raise NotSupportedError with the reason."""
     if backend not in BACKENDS:
         rule = f"one of {', '.join(BACKENDS)}"

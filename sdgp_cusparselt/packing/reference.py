@@ -133,15 +133,16 @@ def _draw(
 ) -> None:
     """Write what random or mvue keeps of each group, and where it stood."""
     sizes = tuple(member.view(dtype).to(torch.float32).abs() for member in x)
-    # +0, or NaN if any of the four is Inf or NaN.
-    visible = ((sizes[0] + sizes[1]) + (sizes[2] + sizes[3])) * 0.0
     bits = group_bits(*x[0].shape, first_row, draws.seeds, draws.stream)
     if method == "mvue":
-        chosen, worth = (mvue_two if n == 2 else mvue_one)(sizes, bits)
-        amount = magnitude_keys(rounded(worth + visible, dtype), dtype)
+        chosen, worth, total = (mvue_two if n == 2 else mvue_one)(sizes, bits)
+        amount = magnitude_keys(rounded(worth, dtype), dtype)
     else:
         chosen = (random_pair if n == 2 else random_one)(bits)
         amount = torch.zeros_like(x[0])
+        total = (sizes[0] + sizes[1]) + (sizes[2] + sizes[3])
+    # +0, or NaN if any of the four is Inf or NaN.
+    visible = total * 0.0
     for slot, member in enumerate(chosen.of(x)):
         values[..., slot] = _worth(member, amount, visible, dtype)
     _blank_second(chosen, values)

@@ -18,8 +18,6 @@ _LOW = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
-# 2**-140 as float32: rounds to zero in both 16-bit types.
-_TINY = 0x200
 
 Four = tuple[Tensor, ...]
 
@@ -138,60 +136,60 @@ def random_one(bits: Tensor) -> Chosen:
     return Chosen(pick == 0, pick == 1, never, never, pick == 3)
 
 
-def mvue_two(sizes: Four, bits: Tensor) -> tuple[Chosen, Tensor]:
+def mvue_two(sizes: Four, bits: Tensor) -> tuple[Chosen, Tensor, Tensor]:
     """Return which two members of each group are kept, and what a member is worth at least.
 
     With S = sum |x|, m = max |x| and T = S - m, the others' sum: if m < T every member is kept
     with probability 2 |x| / S, and worth S / 2. Else the largest is sure and keeps its value, and
     one of the others is kept with probability |x| / T, and worth T. Both are systematic sampling:
-    the members' stretches min(|x|, T) lie one after another on a line of length 2 h, and the two
-    that hold u h and u h + h are kept. A stretch is at most h long, so that two different members
-    are hit, and one of length h is hit for sure. In both cases a kept member is worth
-    max(|x|, h), for h is S / 2, at least every |x|, or T. That two are kept, and never three,
-    follows from the comparisons alone, whatever their operands were rounded to: the second lies
-    at 1 only if the first is 0, at 2 only if the first is 0 or 1, and else at 3.
+    the members' stretches min(|x|, T) lie one after another on a line of length 2 h, where
+    h = min(S / 2, T), and the two that hold u h and u h + h are kept. A stretch is at most h long,
+    so that two different members are hit, and one of length h is hit for sure. In both cases a
+    kept member is worth max(|x|, h), for h is S / 2, at least every |x|, or T.
 
-    A point is 16 bits and a half, so that no border between stretches is preferred. 2**-140 moves
-    the second point off the only member of a group that is not zero.
+    The first point lies u h behind the start, the second h - u h before the end, neither further
+    than h, at most T: to say which member holds one, no stretch need be cut to T. That two are
+    kept, and never three, follows from the comparisons alone, whatever their operands were
+    rounded to: the second is 1 only if the first is 0, is 2 only if the first is 0 or 1, and else
+    is 3. A point is 16 bits and a half, so that it lies on no border of stretches.
 
     Args:
         sizes: |x| of the four members, float32.
         bits: 16 random bits a group, int32.
 
     Returns:
-        the members, and h in float32; NaN, or the sum, where something is not finite.
+        the members, h, and S, which is not finite where some |x| is not.
 
     Source: Chmiel et al. (arXiv 2203.10991), the 2:4 estimator; the probabilities are theirs.
     """
     a0, a1, a2, a3 = sizes
-    uniform = (bits << 7 | 0x3F800040).view(torch.float32)
-    tiny = torch.full_like(bits, _TINY).view(torch.float32)
+    left_two, right_two = a0 + a1, a2 + a3
+    total = left_two + right_two
     others = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(_larger(a0, a1), _larger(a2, a3))
-    longest = _larger(others, tiny)
-    end0 = _smaller(a0, longest)
-    end1 = end0 + _smaller(a1, longest)
-    end2 = end1 + _smaller(a2, longest)
-    half = (end2 + _smaller(a3, longest)) * 0.5
-    second = uniform * half
-    first = second - half
-    second = second + tiny
-    is_0, below_1 = first < end0, first < end1
-    second_is_1 = (second < end1) & is_0
-    second_is_2 = (second < end2) & below_1 & ~second_is_1
-    return Chosen(is_0, below_1 & ~is_0, second_is_1, second_is_2), half
+    half = _smaller(total * 0.5, others)
+    before = _uniform(bits) * half
+    behind = half - before
+    is_0, below_2 = before < a0, before < left_two
+    second_is_1 = (behind > right_two) & is_0
+    second_is_2 = (behind > a3) & below_2 & ~second_is_1
+    return Chosen(is_0, below_2 & ~is_0, second_is_1, second_is_2), half, total
 
 
-def mvue_one(sizes: Four, bits: Tensor) -> tuple[Chosen, Tensor]:
+def mvue_one(sizes: Four, bits: Tensor) -> tuple[Chosen, Tensor, Tensor]:
     """Return which member of each group is kept, with probability |x| / S, and S, its worth."""
     a0, a1, a2, a3 = sizes
-    uniform = (bits << 7 | 0x3F800040).view(torch.float32)
-    end1 = a0 + a1
-    end2 = end1 + a2
-    total = end2 + a3
-    point = (uniform - 1.0) * total
+    left_two, right_two = a0 + a1, a2 + a3
+    total = left_two + right_two
+    point = _uniform(bits) * total
     is_0 = point < a0
+    is_1 = (point < left_two) & ~is_0
     never = torch.zeros_like(is_0)
-    return Chosen(is_0, (point < end1) & ~is_0, never, never, ~(point < end2)), total
+    return Chosen(is_0, is_1, never, never, ~(point < left_two + a2)), total, total
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """Return (bits + 1 / 2) / 2**16, exactly."""
+    return (bits | 0x43000000).view(torch.float32) - (128 - 2.0**-17)
 
 
 def _smaller(a: Tensor, b: Tensor) -> Tensor:

@@ -31,8 +31,6 @@ FIRST_IS_2 = tl.constexpr(0x20000054)
 SECOND_IS_1 = tl.constexpr(0x40003200)
 SECOND_IS_2 = tl.constexpr(-0x7FFFAC00)
 SECOND_IS_3 = tl.constexpr(-0x3FFF8A00)
-# 2**-140: rounds to zero in both 16-bit types, and moves no sum of theirs that is not as small.
-TINY = tl.constexpr(0x200)
 
 
 @triton.jit
@@ -97,35 +95,28 @@ def _at_random(word, N: tl.constexpr):
 def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr):
     """The selector of the drawn, whether the first is it (N = 1), and what each is worth.
 
-    ``sampling.mvue_two`` and ``mvue_one`` say why.
+    ``sampling.mvue_two`` and ``mvue_one`` say why. word: 128 + the random bits / 2**16, as bits.
     """
-    # In [1, 2): 16 random bits, and a half of the next one.
-    uniform = _float((word << 7) | 0x3F800040)
+    uniform = _float(word) - 127.99999237060547
+    left_two, right_two = a0 + a1, a2 + a3
+    total = left_two + right_two
     if N == 1:
-        end1 = a0 + a1
-        end2 = end1 + a2
-        amount = end2 + a3
-        point = (uniform - 1.0) * amount
-        is0, is1 = point < a0, point < end1
-        left = tl.where(is0, FIRST_IS_0, tl.where(is1, FIRST_IS_1, FIRST_IS_2))
-        return left | SECOND_IS_3, point < end2, amount
+        point = uniform * total
+        first_is_2 = point < left_two + a2
+        selector = tl.where(point < left_two, FIRST_IS_1, FIRST_IS_2)
+        selector = tl.where(point < a0, FIRST_IS_0, selector)
+        return selector | SECOND_IS_3, first_is_2, total, total
     else:
         others = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(_larger(a0, a1), _larger(a2, a3))
-        tiny = _float(word * 0 + TINY)
-        longest = _larger(others, tiny)
-        end0 = _smaller(a0, longest)
-        end1 = end0 + _smaller(a1, longest)
-        end2 = end1 + _smaller(a2, longest)
-        half = (end2 + _smaller(a3, longest)) * 0.5
-        second = uniform * half
-        first = second - half
-        second += tiny
-        is0, below1 = first < end0, first < end1
-        left = tl.where(is0, FIRST_IS_0, tl.where(below1, FIRST_IS_1, FIRST_IS_2))
-        second_is_1 = (second < end1) & is0
-        second_is_2 = (second < end2) & below1
+        half = _smaller(total * 0.5, others)
+        before = uniform * half
+        behind = half - before
+        is0, below2 = before < a0, before < left_two
+        left = tl.where(is0, FIRST_IS_0, tl.where(below2, FIRST_IS_1, FIRST_IS_2))
+        second_is_1 = (behind > right_two) & is0
+        second_is_2 = (behind > a3) & below2
         right = tl.where(second_is_1, SECOND_IS_1, tl.where(second_is_2, SECOND_IS_2, SECOND_IS_3))
-        return left | right, is0, half
+        return left | right, is0, half, total
 
 
 @triton.jit
@@ -145,7 +136,7 @@ def choose(
     Args:
         low, high: int32, the group.
         scaled_low, scaled_high: int32, the same times the ratio, where METHOD is RESCALED.
-        word: int32 in [0, 2**16), random, where METHOD draws.
+        word: int32, where METHOD draws 16 random bits as ``quads.random_bits`` gives them.
     """
     if METHOD < RANDOM:
         selector, first = _by_magnitude(low, high, N)
@@ -159,14 +150,16 @@ def choose(
     else:
         a0, a1 = sizes_of(low, DTYPE)
         a2, a3 = sizes_of(high, DTYPE)
-        # +0, or NaN if any of the four is Inf or NaN: an overflow stays visible.
-        visible = ((a0 + a1) + (a2 + a3)) * 0.0
+        # total * 0 is +0, or NaN if any of the four is Inf or NaN: an overflow stays visible.
         if METHOD == MVUE:
-            selector, first, amount = _by_mvue(a0, a1, a2, a3, word, N)
-            values = raise_to(permute(low, high, selector, NATIVE), amount + visible, DTYPE, NATIVE)
+            selector, first, worth, total = _by_mvue(a0, a1, a2, a3, word, N)
+            kept = permute(low, high, selector, NATIVE)
+            values = raise_to(kept, worth + total * 0.0, DTYPE, NATIVE)
         else:
             selector, first = _at_random(word, N)
-            values = mark_overflow(permute(low, high, selector, NATIVE), visible, DTYPE, NATIVE)
+            kept = permute(low, high, selector, NATIVE)
+            total = (a0 + a1) + (a2 + a3)
+            values = mark_overflow(kept, total * 0.0, DTYPE, NATIVE)
         if N == 1:
             values &= tl.where(first, 0xFFFF, -0x10000)
     return values, selector

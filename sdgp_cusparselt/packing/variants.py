@@ -21,7 +21,7 @@ MIN_BLOCK = 16
 MAX_BLOCK = 256
 METHOD_CODES = {"none": 1, "magnitude": 1, "rescaled_magnitude": 2, "random": 3, "mvue": 4}
 # Blocks that one program of the sums reads before it writes: 8 bytes of sums per column.
-_SUM_STEPS = 8
+SUM_STEPS = 8
 NO_RATIO, RATIO_PER_BLOCK, RATIO_PER_ROW = 0, 1, 2
 
 
@@ -93,6 +93,46 @@ class PackVariant:
 
 
 @dataclass(frozen=True)
+class PruneVariant:
+    """All constants of ``kernels.prune_kernel``.
+
+    Attributes:
+        dtype: of x.
+        method: how to prune.
+        tokens: whether groups run along tokens; else along features.
+        n: values kept of four.
+        ratio: see ``PackVariant``.
+        seeds_in_memory: see ``PackVariant``.
+    """
+
+    dtype: torch.dtype
+    method: str
+    tokens: bool
+    n: int = 2
+    ratio: int = NO_RATIO
+    seeds_in_memory: bool = False
+
+    @property
+    def tile(self) -> Tile:
+        """Blocks and warps."""
+        return Tile(32, 256, 4)
+
+    def constants(self, native: bool) -> dict[str, Any]:
+        """Return the kernel's constants by name; native as in ``halves``."""
+        return {
+            "METHOD": METHOD_CODES[self.method],
+            "ALONG_TOKENS": self.tokens,
+            "N": self.n,
+            "RATIO": self.ratio,
+            "IN_MEMORY": self.seeds_in_memory,
+            "DTYPE": triton_dtype(self.dtype),
+            "NATIVE": native,
+            "BLOCK_M": self.tile.block_m,
+            "BLOCK_K": self.tile.block_k,
+        }
+
+
+@dataclass(frozen=True)
 class SumsVariant:
     """All constants of the kernels that sum |x| for rescaled_magnitude.
 
@@ -119,13 +159,13 @@ class SumsVariant:
     @property
     def span(self) -> int:
         """Rows along features, or columns along tokens, that one program sums."""
-        return _SUM_STEPS * (self.tile.block_k if self.tokens else self.tile.block_m)
+        return SUM_STEPS * (self.tile.block_k if self.tokens else self.tile.block_m)
 
     def constants(self) -> dict[str, Any]:
         """Return the kernel's constants by name."""
         return {
             "N": self.n,
-            "STEPS": _SUM_STEPS,
+            "STEPS": SUM_STEPS,
             "DTYPE": triton_dtype(self.dtype),
             "BLOCK_M": self.tile.block_m,
             "BLOCK_K": self.tile.block_k,
@@ -138,15 +178,9 @@ def choose_tile(
     """Return the blocks for an x of that size: as counted fastest, small x in smaller ones.
 
     Blocks along features are wide, so that every row is read and written in whole cache lines;
-    along tokens they are high, for the transpose's.
+    with tokens they are square, for the transpose's rows as well.
     """
-    methods = [target.method for target in (features, tokens) if target is not None]
-    if tokens is None:
-        tile = Tile(32, 256, 4)
-    elif features is None:
-        tile = Tile(64, 64, 2)
-    else:
-        tile = Tile(64, 64, 2) if "mvue" not in methods else Tile(128, 64, 4)
+    tile = Tile(32, 256, 4) if tokens is None else Tile(64, 64, 2)
     block_m = min(tile.block_m, _cover(num_rows, tile.block_m))
     block_k = min(tile.block_k, _cover(num_cols, tile.block_k))
     for target, transposed in ((features, False), (tokens, True)):

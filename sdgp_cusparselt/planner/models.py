@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdgp_cusparselt.errors import value_error
+from sdgp_cusparselt.extras import require
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,7 @@ def load(
 
 
 def _transformers(spec: str) -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise value_error(
-            "plan", "model", "importable", repr(spec), "Install it: pip install transformers."
-        ) from error
+    return require("transformers", package="transformers", purpose=f"the model {spec}")
 
 
 def _read_config(source: str) -> Any:

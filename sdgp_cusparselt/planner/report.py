@@ -1,7 +1,9 @@
-"""What a plan says: Markdown for people, plain dictionaries for JSON."""
+"""What a plan says: a verdict for each card, tables below it, plain dictionaries for JSON."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from rich.table import Table
 
 from sdgp_cusparselt.planner.gemms import Trace
 from sdgp_cusparselt.planner.models import Problem
@@ -17,6 +19,12 @@ from sdgp_cusparselt.planner.roofline import (
 )
 
 ROLES = ("forward", "grad_input", "grad_weight")
+#: Below this a predicted speedup of a step is within what the roofline leaves out.
+WORTHWHILE = 1.01
+COLUMNS_NOTE = (
+    f"from width: narrowest n for which grad_input [{BREAK_EVEN_TOKENS}, n] = "
+    f"[{BREAK_EVEN_TOKENS}, n] @ [n, n] gains, as do all wider ones."
+)
 CAVEAT = (
     "Predictions, not measurements: a roofline of single kernels. Optimizer, data loading and "
     "communication are not in it; other ops count as unfused memory traffic."
@@ -45,71 +53,97 @@ def shares(trace: Trace) -> dict[str, int]:
     return total | {"prunable": sum(g.flops for g in trace.gemms if g.prunable)}
 
 
-def render(
-    problem: Problem,
+def verdict(result: Forecast) -> str:
+    """Return what to expect of one card, in one sentence."""
+    dense, sdgp = _step_ms(result)
+    gains, layers = _gaining(result)
+    name = result.gpu.name
+    if not layers:
+        return f"{name}: no layer of this model can be pruned, so nothing changes."
+    if result.speedup < WORTHWHILE:
+        few = f"{gains} of {layers} layers would gain" if gains else "no layer would gain"
+        return f"{name}: no gain to speak of is predicted for a step of {dense} ms; {few}."
+    return (
+        f"{name}: a step is predicted to be {result.speedup:.2f}x as fast, "
+        f"{sdgp} ms instead of {dense}; {gains} of {layers} layers gain."
+    )
+
+
+def summary(problem: Problem, trace: Trace) -> list[str]:
+    """Return sentences: the model, the share that SDGP may take, what stays plain and why."""
+    flops = shares(trace)
+    total = sum(flops[role] for role in ROLES)
+    lines = [
+        f"{problem.name}: {problem.description}; {trace.parameters / 1e6:.1f} M parameters, "
+        f"{len(trace.gemms)} GEMMs of {total / 1e12:.3g} TFLOP a step, of which SDGP may take "
+        f"{flops['prunable'] / max(total, 1):.1%}."
+    ]
+    plain = {g.reason: g for g in trace.gemms if g.role == "grad_input" and not g.prunable}
+    return lines + [f"Stays plain: {g.fqn or 'the model'}: {why}." for why, g in plain.items()]
+
+
+def overview(forecasts: Sequence[Forecast]) -> Table:
+    """Return one row a card, within 60 columns."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column("GPU")
+    for title in ("dense ms", "SDGP ms", "speedup", "layers gain", "from width"):
+        shown.add_column(title, justify="right")
+    for result in forecasts:
+        edge = break_even(result.gpu, result.efficiency)
+        gains, layers = _gaining(result)
+        shown.add_row(
+            result.gpu.name,
+            *_step_ms(result),
+            f"{result.speedup:.3f}x",
+            f"{gains} of {layers}",
+            "none" if edge is None else str(edge),
+        )
+    return shown
+
+
+def _step_ms(result: Forecast) -> tuple[str, str]:
+    """Return the milliseconds of the dense step and of the one with SDGP, to three digits."""
+    steps = ((gemms + result.other) / 1e3 for gemms in (result.dense_us, result.sdgp_us))
+    dense, sdgp = (f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f}" for ms in steps)
+    return dense, sdgp
+
+
+def _gaining(result: Forecast) -> tuple[int, int]:
+    prunable = [t for t in result.times if t.gemm.prunable]
+    return sum(t.gains for t in prunable), len(prunable)
+
+
+def details(
     trace: Trace,
     forecasts: Sequence[Forecast],
     errors: Sequence[PredictionError],
     *,
     limit: int,
 ) -> str:
-    """Return the whole plan as Markdown; ``limit`` bounds the rows of each GEMM table."""
-    parts = [_summary(problem, trace), _overview(forecasts)]
-    parts += [_layers(result, limit) for result in forecasts]
-    parts += [_paper(), *(_ladder(result) for result in forecasts)]
-    parts += [_sources(forecasts), _errors(errors), CAVEAT]
+    """Return every table as Markdown; ``limit`` bounds the rows of each GEMM table."""
+    parts = [_flops(trace), *(_layers(result, limit) for result in forecasts)]
+    parts += [_paper(), *(_ladder(result) for result in forecasts), _errors(errors)]
     return "\n\n".join(parts)
 
 
-def _summary(problem: Problem, trace: Trace) -> str:
+def sources(forecasts: Sequence[Forecast]) -> list[str]:
+    """Return where each card's numbers stand, one paragraph a card."""
+    return [
+        f"{r.gpu.name}: {r.gpu.tflops:g} TFLOP/s, {r.gpu.bandwidth:g} GB/s ({r.gpu.source}); "
+        f"efficiencies: {r.efficiency.source}; {r.efficiency.bandwidth:.0%} of the bandwidth and "
+        f"{r.efficiency.launch_us:.1f} us a kernel launch "
+        f"({'measured' if r.efficiency.measured else 'assumed'})"
+        for r in forecasts
+    ]
+
+
+def _flops(trace: Trace) -> str:
     flops = shares(trace)
-    total = sum(flops[role] for role in ROLES)
-    rows = [[role, f"{flops[role] / 1e12:.3f}", f"{flops[role] / total:.1%}"] for role in ROLES]
-    rows.append(["grad_input that SDGP may take", f"{flops['prunable'] / 1e12:.3f}"])
-    rows[-1].append(f"{flops['prunable'] / total:.1%}")
-    lines = [
-        f"{problem.name}: {problem.description}; {trace.parameters / 1e6:.1f} M parameters, "
-        f"{len(trace.gemms)} GEMMs a step",
-        table(["GEMMs", "TFLOP", "share"], rows),
-    ]
-    dense = {g.reason: g for g in trace.gemms if g.role == "grad_input" and not g.prunable}
-    kept = [f"- stays dense: {g.fqn or 'the model'}: {why}" for why, g in dense.items()]
-    return "\n\n".join([*lines, "\n".join(kept)] if kept else lines)
-
-
-def _overview(forecasts: Sequence[Forecast]) -> str:
-    rows = []
-    for result in forecasts:
-        prunable = [t for t in result.times if t.gemm.prunable]
-        edge = break_even(result.gpu, result.efficiency)
-        rows.append(
-            [
-                result.gpu.name,
-                f"{result.dense_us / 1e3:.1f}",
-                f"{result.sdgp_us / 1e3:.1f}",
-                f"{result.dense_us / result.sdgp_us:.3f}",
-                f"{result.other / 1e3:.1f}",
-                f"{result.speedup:.3f}",
-                f"{sum(t.gains for t in prunable)} of {len(prunable)}",
-                "none" if edge is None else edge,
-            ]
-        )
-    header = [
-        "GPU",
-        "dense GEMMs ms",
-        "SDGP ms",
-        "speedup",
-        "other ms",
-        "step speedup",
-        "layers that gain",
-        "break-even width",
-    ]
-    t = BREAK_EVEN_TOKENS
-    note = (
-        f"Break-even width: narrowest n for which grad_input [{t}, n] = [{t}, n] @ [n, n]"
-        " gains, as do all wider ones."
-    )
-    return table(header, rows) + "\n\n" + note
+    total = max(sum(flops[role] for role in ROLES), 1)
+    named = [(role, flops[role]) for role in ROLES]
+    named.append(("grad_input that SDGP may take", flops["prunable"]))
+    rows = [[name, f"{count / 1e12:.3f}", f"{count / total:.1%}"] for name, count in named]
+    return table(["GEMMs", "TFLOP", "share"], rows)
 
 
 def _layers(result: Forecast, limit: int) -> str:
@@ -140,7 +174,7 @@ def _row(count: int, time: GemmTime) -> list[object]:
     times = [f"{time.dense:.1f}"]
     if gemm.prunable:
         times += [f"{us:.1f}" for us in (time.pack, time.sparse, time.fold, time.path)]
-        times.append(f"{time.dense / time.path:.2f}x" if time.gains else "dense wins")
+        times.append(f"{time.dense / time.path:.2f}x" if time.gains else "plain wins")
     else:
         times += ["", "", "", "", ""]
     batch = f"{count} x {gemm.batch}" if gemm.batch > 1 else str(count)
@@ -156,16 +190,6 @@ def _paper() -> str:
 def _ladder(result: Forecast) -> str:
     rows = [[rung.assumption, f"{rung.saved:.1%}"] for rung in ladder(result)]
     return table([f"{result.gpu.name}: assumption", "saved"], rows)
-
-
-def _sources(forecasts: Sequence[Forecast]) -> str:
-    return "\n".join(
-        f"{r.gpu.name}: {r.gpu.tflops:g} TFLOP/s, {r.gpu.bandwidth:g} GB/s ({r.gpu.source}); "
-        f"efficiencies: {r.efficiency.source}; {r.efficiency.bandwidth:.0%} of the bandwidth and "
-        f"{r.efficiency.launch_us:.1f} us a kernel launch "
-        f"({'measured' if r.efficiency.measured else 'assumed'})"
-        for r in forecasts
-    )
 
 
 def _errors(errors: Sequence[PredictionError]) -> str:
@@ -208,6 +232,7 @@ def as_json(
 def _gpu_json(result: Forecast) -> dict[str, Any]:
     return {
         "gpu": result.gpu.name,
+        "verdict": verdict(result),
         "tflops": result.gpu.tflops,
         "bandwidth_gbs": result.gpu.bandwidth,
         "source": result.gpu.source,

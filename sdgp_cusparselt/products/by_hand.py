@@ -115,7 +115,7 @@ def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
         candidate = decision.candidate if decision.use == "sparse" else None
         if candidate is None:
             reasons = [decision.reason]
-        elif library.certificate(gemm, candidate).layout != packed.layout:
+        elif not _reads(library.certificate(gemm, candidate).layout, packed):
             reasons = ["the library reads another metadata order; pack with layout=None"]
         else:
             return like(dense, library.matmul(packed.buffer, right, gemm, candidate))
@@ -150,6 +150,10 @@ def library_layout(
 def _gemm(packed: Packed24, dense: Tensor) -> Gemm:
     (m, k), n = packed.shape, dense.shape[1]
     return Gemm(m, n, k, packed.dtype, dense_order(dense) or "row", dense.device)
+
+
+def _reads(layout: MetadataLayout | None, packed: Packed24) -> bool:
+    return layout is not None and layout.reads_as(packed.layout, *packed.padded_shape)
 
 
 def _reasons(packed: Packed24, dense: Tensor) -> list[str]:

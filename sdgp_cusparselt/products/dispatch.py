@@ -1,5 +1,6 @@
 """Run a product by the call that was prepared for its like; prepare it where there is none."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -29,13 +30,16 @@ from sdgp_cusparselt.tuning import recorder
 FAILURES = (CusparseLtError, torch.OutOfMemoryError)
 
 
-def run(operands: Operands, config: SDGPConfig, record: LayerRecord) -> Tensor:
+def run(
+    operands: Operands, config: SDGPConfig, record: LayerRecord, *, unwatched: bool = False
+) -> Tensor:
     """Compute a product the best way that is allowed, and count it.
 
     Args:
         operands: of the product.
         config: how to prune, and what is allowed.
         record: of the layer.
+        unwatched: whether nothing is to be sampled or checked, whatever config says.
 
     Returns:
         The product.
@@ -48,29 +52,20 @@ def run(operands: Operands, config: SDGPConfig, record: LayerRecord) -> Tensor:
     call = prepared.calls.single.get(key)
     if call is None or call.uses < 1 or record.broken:
         call = prepared.prepare(key, operands, config, record)
-    if call.watched or recorder.ACTIVE:
-        return _watched(call, key, operands, config, record)
-    return _attempt(call, key, operands, config, record)
-
-
-def _attempt(
-    call: PreparedCall, key: Key, operands: Operands, config: SDGPConfig, record: LayerRecord
-) -> Tensor:
-    """Compute a product; where the sparse way fails, plainly in the same call."""
-    if call.sparse is None:
-        call.count(record)
-        return call.run(operands)
+    if (call.watched or recorder.ACTIVE) and not unwatched:
+        return _watched(call, operands, config, record)
     try:
         product = call.run(operands)
     except PlanStateError:  # the plan was evicted
         prepared.drop(key)
     except FAILURES as error:
+        if call.sparse is None:
+            raise
         prepared.bar(key, error)
     else:
         call.count(record)
         return product
-    call = prepared.prepare(key, operands, config, record)
-    return _attempt(call, key, operands, config, record)
+    return run(operands, config, record, unwatched=True)
 
 
 def run_both(
@@ -164,7 +159,7 @@ def _all_plain(keys: tuple[Key, Key], config: SDGPConfig, record: LayerRecord) -
 
 
 def _watched(
-    call: PreparedCall, key: Key, operands: Operands, config: SDGPConfig, record: LayerRecord
+    call: PreparedCall, operands: Operands, config: SDGPConfig, record: LayerRecord
 ) -> Tensor:
     """Compute a product whose shape is recorded, or that may be due for a check or a sample."""
     if call.asked is not None:
@@ -173,16 +168,18 @@ def _watched(
     product, samples, due = operands.product, record.samples, config.check_every
     if due and call.sparse is not None and record.calls[call.counted] % due == 0:
         _check(call.sparse, operands, config, record)
-        call = prepared.prepare(key, operands, config, record)
     device = operands.grad_output.device
     if not samples.due(product, config.telemetry_every, device):
-        return _attempt(call, key, operands, config, record)
-    if call.way != "plain":
+        return run(operands, config, record, unwatched=True)
+    plain = call.way == "plain"
+    if not plain:
         draws = samples.draws if method_of(product, config) in STOCHASTIC else 1
         pruned = partial(operands.pruned, config)
         sample_gradient(samples, product, operands.grad_output, pruned, draws=draws)
     with sampling(samples, product), span("total", device):
-        return _attempt(call, key, operands, config, record)
+        # The other ways time their own parts.
+        with span("dense", device) if plain else nullcontext():
+            return run(operands, config, record, unwatched=True)
 
 
 def _check(

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends import convolution, dense
+from sdgp_cusparselt.backends import convolution, dense, emulation
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem, Product
 from sdgp_cusparselt.backends.plans import ALIGNMENT, dense_order
 from sdgp_cusparselt.config.choices import SDGPConfig
@@ -81,7 +81,7 @@ class LinearGradInput:
 
     def pruned(self, config: SDGPConfig) -> Tensor:
         """Return prune(grad_output)."""
-        return dense.prune_features(self.grad_output, config)
+        return emulation.prune_features(self.grad_output, config)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return [M, K] and [K, N]."""
@@ -158,7 +158,7 @@ class LinearGradWeight:
 
     def pruned(self, config: SDGPConfig) -> Tensor:
         """Return prune(grad_output along tokens)."""
-        return dense.prune_tokens(self.grad_output, config)
+        return emulation.prune_tokens(self.grad_output, config)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return [K, M] and [K, N]."""
@@ -238,7 +238,7 @@ class Conv2dGradInput:
 
     def pruned(self, config: SDGPConfig) -> Tensor:
         """Return prune(grad_output along channels)."""
-        return dense.prune_channels(self.grad_output, self.conv.groups, config)
+        return emulation.prune_channels(self.grad_output, self.conv.groups, config)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return [pixels, out_channels] and, of a 1x1 kernel, [out_channels, in_channels]."""
@@ -321,7 +321,7 @@ class Conv2dGradWeight:
 
     def pruned(self, config: SDGPConfig) -> Tensor:
         """Return prune(grad_output along pixels)."""
-        return dense.prune_pixels(self.grad_output, config)
+        return emulation.prune_pixels(self.grad_output, config)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return [pixels, out_channels] and, of a 1x1 kernel, [pixels, in_channels]."""

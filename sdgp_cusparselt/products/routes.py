@@ -129,7 +129,7 @@ def _tuned(operands: Operands, problem: Problem) -> Route:
     forced = config.backend == LIBRARY.name
     if decision.candidate is not None and (decision.use == "sparse" or forced):
         return Route("sparse", candidate=decision.candidate, asked=key)
-    if decision.sparse_us is not None:  # right, but measured slower
+    if decision.chosen:  # right, but measured or predicted slower
         return Route("emulated" if config.on_slower == "emulate" else "plain", asked=key)
     uses = ASK_AGAIN if decision.transient else FOR_EVER
     return refused(config, [decision.reason], uses)._replace(asked=key)

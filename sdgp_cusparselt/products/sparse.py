@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends import dense
+from sdgp_cusparselt.backends import emulation
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.backends.plans import device_calls
@@ -118,9 +118,9 @@ class SparseProduct:
         """Return what prunes a matrix as this product prunes its gradient, in plain torch."""
         config, samples = self.config, operands.rows_per_sample
         if operands.product == "grad_weight":
-            return partial(dense.prune_tokens, config=config)
+            return partial(emulation.prune_tokens, config=config)
         if config.prune != "rescaled_magnitude":
-            return partial(dense.prune_features, config=config)
+            return partial(emulation.prune_features, config=config)
 
         def rescaled(x: Tensor) -> Tensor:
             rows = x.view(-1, samples, x.shape[1])
@@ -143,7 +143,7 @@ class SparseProduct:
     def _add_tail(self, product: Tensor, operands: Operands) -> None:
         """Add what the tokens past the last multiple of 16 give, pruned like the rest."""
         left, right = operands.matrices()
-        pruned = dense.prune_tokens(left[self.gemm.k :], self.config)
+        pruned = emulation.prune_tokens(left[self.gemm.k :], self.config)
         product.view(self.gemm.m, self.gemm.n).addmm_(pruned.t(), right[self.gemm.k :])
 
 
@@ -154,7 +154,6 @@ class SparsePair:
         grad_input: the straight line of one.
         grad_weight: that of the other.
         pack: writes the operands of both.
-        by_address: whether pack takes the gradient as it lies in memory.
     """
 
     def __init__(self, grad_input: SparseProduct, grad_weight: SparseProduct, pack: Packer) -> None:
@@ -195,31 +194,26 @@ class SparsePair:
                 return self(first, second)
         one, other = self.first, self.second
         buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-        outs = (
-            torch.empty(one.shape, dtype=one.dtype, device=self.device),
-            torch.empty(other.shape, dtype=other.dtype, device=self.device),
-        )
+        grad_input = torch.empty(one.shape, dtype=one.dtype, device=self.device)
+        grad_weight = torch.empty(other.shape, dtype=other.dtype, device=self.device)
         packed, stream = buffer.data_ptr(), self.stream()
-        workspace, rights = packed + self.workspace_at, (first.weight, second.input)
-        at = (packed, packed + self.pack.tokens_at)
-        calls = [
-            (1.0, left, right.data_ptr(), 0.0, out.data_ptr(), out.data_ptr(), workspace, stream)
-            for left, right, out in zip(at, rights, outs, strict=True)
-        ]
+        out, space = grad_input.data_ptr(), packed + self.workspace_at
+        of_input = (1.0, packed, first.weight.data_ptr(), 0.0, out, out, space, stream)
+        out, turned = grad_weight.data_ptr(), packed + self.pack.tokens_at
+        of_weight = (1.0, turned, second.input.data_ptr(), 0.0, out, out, space, stream)
         if is_traced():
             with span("pack", self.device):
                 self.pack(second.grad_output, packed, stream)
             with span("matmul", self.device):
-                one.matmul(*calls[0])
-                other.matmul(*calls[1])
+                one.matmul(*of_input)
+                other.matmul(*of_weight)
         else:
             self.pack(second.grad_output, packed, stream)
-            one.matmul(*calls[0])
-            other.matmul(*calls[1])
-        return (
-            outs[0] if one.exact else first.finish(outs[0][: one.gemm.m]),
-            outs[1] if other.exact else second.finish(outs[1]),
-        )
+            one.matmul(*of_input)
+            other.matmul(*of_weight)
+        if not one.exact:
+            grad_input = first.finish(grad_input[: one.gemm.m])
+        return grad_input, grad_weight
 
 
 def sparse_product(

@@ -114,7 +114,7 @@ class Method:
         """Return the conversion's config, or None for dense.
 
         Args:
-            backend: of ``SDGPConfig``.
+            backend: of ``SDGPConfig``. A forced cusparselt raises where it cannot run.
 
         Raises:
             ValueError: n and m do not go together or with this prune method.
@@ -128,7 +128,7 @@ class Method:
             n=self.n,
             m=self.m,
             backend=backend,
-            on_unsupported="emulate",
+            on_unsupported="raise" if backend == "cusparselt" else "emulate",
             on_slower="emulate",
         )
         if self.grad_weight is None:

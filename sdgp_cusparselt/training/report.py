@@ -1,7 +1,7 @@
 """The results table, for a terminal and as Markdown, from one list of rows."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -57,14 +57,55 @@ def _difference(entry: dict[str, Any], metric: Metric) -> str:
     return f"{mean} ± {metric.format(entry['difference_std'])}"
 
 
-def terminal_table(document: dict[str, Any], metric: Metric) -> Table:
-    """Return a rich table of a ``--json`` document."""
+def verdict(document: dict[str, Any], metric: Metric) -> str:
+    """Return in one sentence where the best pruned method ended, beside dense.
+
+    Args:
+        document: content of ``results.json``.
+        metric: of its task.
+    """
     summary = document["summary"]
-    table = Table(title=f"{document['task']}: {document['data']['source']}", title_justify="left")
-    for index, title in enumerate(header(metric, _num_seeds(summary))):
-        table.add_column(title, justify="left" if index in (0, 7) else "right")
-    for cells in rows(summary, metric):
-        table.add_row(*cells)
+    seeds = _num_seeds(summary)
+    spread = "one seed shows no spread" if seeds == 1 else f"mean of {seeds} seeds"
+    ended = [entry for entry in summary if entry["mean"] is not None]
+    pruned = [entry for entry in ended if entry["method"] != "dense"]
+    dense = next((entry for entry in ended if entry["method"] == "dense"), None)
+    if not pruned:
+        return f"{document['task']}: no pruned run ended with a finite {metric.name} ({spread})."
+    choose = max if metric.higher_is_better else min
+    best = choose(pruned, key=lambda entry: float(entry["mean"]))
+    text = f"{document['task']}: {best['label']} ends at {metric.format(best['mean'])}"
+    beside = f", dense at {metric.format(dense['mean'])}" if dense else ""
+    return f"{text} {metric.unit} {metric.name}{beside} ({spread})."
+
+
+#: Columns in the order in which a narrow terminal loses them: they stand in results.md too.
+_LEFT_OUT_FIRST = (6, 7, 2, 5, 4)
+
+
+def terminal_table(document: dict[str, Any], metric: Metric, width: int) -> Table:
+    """Return a rich table of the results; columns that do not fit ``width`` are left out."""
+    titles = header(metric, _num_seeds(document["summary"]))
+    cells = rows(document["summary"], metric)
+    # Titles are folded between words, values never.
+    needed = [
+        max(*map(len, title.split()), *(len(row[index]) for row in cells)) + 2
+        for index, title in enumerate(titles)
+    ]
+    shown = list(range(len(titles)))
+    for index in _LEFT_OUT_FIRST:
+        if sum(needed[i] for i in shown) > width:
+            shown.remove(index)
+    longest = [max(len(title), need - 2) + 2 for title, need in zip(titles, needed, strict=True)]
+    folded = sum(longest[i] for i in shown) > width
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index in shown:
+        justify: Literal["left", "right"] = "left" if index in (0, 7) else "right"
+        table.add_column(
+            titles[index], justify=justify, width=needed[index] - 2 if folded else None
+        )
+    for row in cells:
+        table.add_row(*(row[index] for index in shown))
     return table
 
 

@@ -30,6 +30,10 @@ AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EVALUATION_BATCH = 256
 
 
+#: Told after each step, with its loss as a tensor: reading it makes the host wait for the device.
+OnStep = Callable[[Tensor], None]
+
+
 class Stopped(Exception):
     """A run was asked to stop, and did so after saving its checkpoint."""
 
@@ -115,6 +119,7 @@ class Trainer:
         self._order: tuple[int, Tensor] | None = None
         self._draws: tuple[int, Tensor] | None = None
         self._interval = self._new_interval()
+        self.loss = self._interval.loss_sum  # of the last step
         self._build()
 
     def _build(self) -> None:
@@ -172,6 +177,7 @@ class Trainer:
         """Send the parts of the batch forward and backward; their mean loss is the batch's."""
         recipe, train = self.spec.recipe, self.dataset.train
         parts = self._parts(self.step)
+        before = self._interval.loss_sum.clone()
         following = parts[1:]
         if self.step + 1 < self.total_steps:
             following = (*following, self._parts(self.step + 1)[0])
@@ -186,6 +192,7 @@ class Trainer:
                 loss = loss / len(parts)
             self.scaler.scale(loss).backward()
             self._interval.loss_sum += loss.detach()
+        self.loss = self._interval.loss_sum - before
 
     def _parts(self, step: int) -> tuple[tuple[Draw, Tensor], ...]:
         """Return the parts of one step's batch, each with what its augmentation depends on."""
@@ -256,14 +263,14 @@ class Trainer:
         self,
         checkpoint: Path | None = None,
         should_stop: Callable[[int], bool] = lambda step: False,
-        on_step: Callable[[], None] = lambda: None,
+        on_step: OnStep = lambda loss: None,
     ) -> None:
         """Train to the end.
 
         Args:
             checkpoint: saved after every evaluation and when stopped; None saves nothing.
             should_stop: asked after each step, with the number of steps done.
-            on_step: called after each step.
+            on_step: called after each step, with its loss.
 
         Raises:
             Stopped: ``should_stop`` said so; the checkpoint is saved.
@@ -278,7 +285,7 @@ class Trainer:
             self._interval.seconds += time.perf_counter() - began
             if evaluate:
                 self.record()
-            on_step()
+            on_step(self.loss)
             stop = not self.finished and should_stop(self.step)
             if checkpoint is not None and (evaluate or stop):
                 save_checkpoint(checkpoint, self.state_dict())

@@ -18,7 +18,7 @@ from sdgp_cusparselt.training.checkpoint import CheckpointError, check_identity,
 from sdgp_cusparselt.training.data import Dataset
 from sdgp_cusparselt.training.methods import Method
 from sdgp_cusparselt.training.recipe import Recipe
-from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped, Trainer
+from sdgp_cusparselt.training.run import OnStep, Precision, RunSpec, Stopped, Trainer
 from sdgp_cusparselt.training.tasks import Task
 from sdgp_cusparselt.versions import __version__
 
@@ -69,7 +69,7 @@ def run_sweep(
     out: Path,
     should_stop: Callable[[int], bool] = lambda step: False,
     on_run: OnRun = lambda spec, step, total: None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: OnStep = lambda loss: None,
 ) -> list[dict[str, Any]]:
     """Carry out every run that has no result in ``out`` yet.
 
@@ -80,7 +80,7 @@ def run_sweep(
         out: folder of ``<run>.pt`` (checkpoint) and ``<run>.json`` (result).
         should_stop: asked after each step and between runs.
         on_run: told when a run starts or goes on.
-        on_step: called after each step.
+        on_step: called after each step, with its loss.
 
     Returns:
         The results in the order of ``specs``.
@@ -109,7 +109,7 @@ def execute(
     out: Path,
     should_stop: Callable[[int], bool],
     on_run: OnRun,
-    on_step: Callable[[], None],
+    on_step: OnStep,
 ) -> dict[str, Any]:
     """Carry out one run, from its checkpoint where there is one, and write its result."""
     checkpoint = out / f"{spec.name}.pt"

@@ -32,7 +32,7 @@ class ShapeLog:
 
     def as_list(self) -> list[dict[str, Any]]:
         """Return the products as plain JSON types, the most frequent first."""
-        return [{**_entry(key), "calls": calls} for key, calls in self.counts.most_common()]
+        return [{**entry_of(key), "calls": calls} for key, calls in self.counts.most_common()]
 
     def write(self, path: str | Path) -> None:
         """Write the file that ``sdgp tune --shapes`` reads."""
@@ -72,7 +72,8 @@ def note(gemm: Gemm, *, method: str, transpose: bool, rival: str = MATMUL.name) 
         log.add(key)
 
 
-def _entry(key: Key) -> dict[str, Any]:
+def entry_of(key: Key) -> dict[str, Any]:
+    """Return a product as plain JSON types; ``shapes.key_of`` reads them."""
     gemm = key.gemm
     return {
         "m": gemm.m,

@@ -206,12 +206,34 @@ def test_a_slower_sparse_path_is_not_taken(
     assert dict(forced.sdgp_record.calls) == {("grad_input", "sparse"): 1}
 
 
+def test_the_default_tunes_at_first_use_and_says_so(
+    emulated: CusparseLtBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    timed_by(monkeypatch, dense_us=100.0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)).bfloat16()
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    x = torch.randn(40, 32, dtype=torch.bfloat16, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).backward(torch.randn(40, 32, dtype=torch.bfloat16))
+    assert all(layer.sdgp_record.calls == {("grad_input", "sparse"): 1} for layer in model)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "tuned 2 products" in lines[1] and "2 sparse, 0 plain" in lines[1]
+    x.grad = None
+    model(x).backward(torch.randn(40, 32, dtype=torch.bfloat16))
+    assert capsys.readouterr().err == ""
+
+
 def test_untuned_shapes_run_plain_and_say_so(emulated: CusparseLtBackend) -> None:
-    layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude"))
+    layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude", tune="ahead"))
     with pytest.warns(sdgp.SDGPFallbackWarning, match="not tuned yet: run sdgp tune"):
         layer(x).backward(grad_output)
     assert dict(layer.sdgp_record.calls) == {("grad_input", "plain"): 1}
-    strict, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude", on_unsupported="raise"))
+    strict, x, grad_output = linear(
+        sdgp.SDGPConfig(prune="magnitude", tune="ahead", on_unsupported="raise")
+    )
     with pytest.raises(sdgp.NotSupportedError, match="not tuned yet"):
         strict(x).backward(grad_output)
 

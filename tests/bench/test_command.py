@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdgp_cusparselt.commands.bench import PARTS, result_path
+from sdgp_cusparselt.cache import cache_dir
+from sdgp_cusparselt.commands.bench import PARTS, _cache, result_path
 from tests.bench.conftest import ROOT, run_python
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_it_measures_says_where_and_writes(tmp_path: Path) -> None:
     command = ("-m", "sdgp_cusparselt", "bench", "--parts", "machine", "--output", str(tmp_path))
-    done = run_python(*command, "--json")
+    done = run_python(*command, "--json", "-")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No CUDA device" in done.stderr
     printed = json.loads(done.stdout)
@@ -59,6 +60,28 @@ def test_unknown_parts_are_refused(parts: str) -> None:
     done = run_python("-m", "sdgp_cusparselt", "bench", "--parts", parts)
     assert done.returncode == 2
     assert "--parts must be some of machine, gemm" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [("--models=resnet", "--models must be some of"), ("--tokens=4k", "--tokens must be such as")],
+)
+def test_unknown_models_and_tokens_are_refused(option: str, words: str, tmp_path: Path) -> None:
+    command = ("-m", "sdgp_cusparselt", "bench", "--parts", "machine", "--output", str(tmp_path))
+    done = run_python(*command, option)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"sdgp bench: {words}"), done.stderr
+
+
+def test_a_cpu_leaves_the_cache_of_the_user_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SDGP_CACHE_DIR", str(tmp_path))
+    with _cache(cuda=False):
+        assert cache_dir() != tmp_path and cache_dir().is_dir()
+    assert cache_dir() == tmp_path
+    with _cache(cuda=True):
+        assert cache_dir() == tmp_path
 
 
 def test_results_never_overwrite_each_other(tmp_path: Path) -> None:

@@ -1,9 +1,16 @@
 """State dicts and optimizer state of converted models; converting compiled ones."""
 
+import copy
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import sdgp_cusparselt as sdgp
 
@@ -31,8 +38,7 @@ def converted(config: sdgp.SDGPConfig) -> Net:
 def test_state_dicts_move_both_ways() -> None:
     torch.manual_seed(1)
     plain = Net()
-    config = sdgp.SDGPConfig(prune="rescaled_magnitude", backend="dense")
-    model = converted(config.replace(schedule=sdgp.Schedule(warmup=2)))
+    model = converted(sdgp.SDGPConfig(prune="rescaled_magnitude", backend="dense"))
     assert list(model.state_dict()) == list(plain.state_dict())
     model.load_state_dict(plain.state_dict(), strict=True)
     x = torch.randn(3, 16)
@@ -41,6 +47,69 @@ def test_state_dicts_move_both_ways() -> None:
         model.first.weight.add_(1)
     plain.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(model(x), plain(x))
+
+
+SCHEDULED = sdgp.SDGPConfig(backend="dense", schedule=sdgp.Schedule(total_steps=9, warmup=2))
+
+
+def test_a_schedule_is_in_the_state_dict_and_leaves_with_it() -> None:
+    plain, model = Net(), converted(SCHEDULED)
+    extra = [key for key in model.state_dict() if key not in plain.state_dict()]
+    assert extra == [f"{name}.sdgp_schedule._extra_state" for name in ("first", "conv", "last")]
+    for _ in range(5):
+        sdgp.step(model)
+    saved = model.state_dict()
+    # The plain model's own checkpoint has no step, and changes none.
+    model.load_state_dict(plain.state_dict(), strict=True)
+    assert sdgp.schedule_state(model) == {"step": 5}
+    for twin in (converted(SCHEDULED), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        sdgp.load_schedule_state(twin, {"step": 0})
+        assert twin.first.sdgp_config.prune == "none"
+        twin.load_state_dict(saved, strict=True)
+        assert sdgp.schedule_state(twin) == {"step": 5} and twin.first.sdgp_config.prune == "mvue"
+    assert sdgp.schedule_state(model) == {"step": 5}
+    sdgp.revert_(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [type(module) for module in model.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize("way", ["torch.save", "safetensors", "distributed"])
+def test_checkpoints_of_every_format_carry_the_step(way: str, tmp_path: Path) -> None:
+    model, other = converted(SCHEDULED), converted(SCHEDULED)
+    for _ in range(7):
+        sdgp.step(model)
+    if way == "torch.save":
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    elif way == "safetensors":
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    else:
+        # Compiled on one side only: the wrapper's prefix is not part of what is saved.
+        state = {"model": get_model_state_dict(torch.compile(model))}
+        dcp.save(state, checkpoint_id=tmp_path)
+        loaded = {"model": get_model_state_dict(other)}
+        dcp.load(loaded, checkpoint_id=tmp_path)
+        set_model_state_dict(other, loaded["model"])
+    assert sdgp.schedule_state(other) == {"step": 7}
+    assert torch.equal(other.first.weight, model.first.weight)
+
+
+def test_compiled_models_without_a_schedule_load_distributed_checkpoints() -> None:
+    config = sdgp.SDGPConfig(backend="dense")
+    compiled = torch.compile(converted(config))
+    set_model_state_dict(compiled, get_model_state_dict(converted(config)))
+
+
+def test_another_schedule_is_announced_and_a_broken_state_refused() -> None:
+    model = converted(SCHEDULED)
+    longer = SCHEDULED.replace(schedule=sdgp.Schedule(total_steps=30, warmup=3))
+    with pytest.warns(sdgp.SDGPScheduleWarning, match=r"another schedule \(2 dense first\)"):
+        converted(longer).load_state_dict(model.state_dict())
+    state = model.state_dict()
+    for bad in (torch.zeros(8, dtype=torch.uint8), {"step": 3}, torch.tensor(3)):
+        with pytest.raises(ValueError, match="sdgp_schedule must be step and schedule as JSON"):
+            model.load_state_dict(state | {"first.sdgp_schedule._extra_state": bad})
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adagrad], ids=str)

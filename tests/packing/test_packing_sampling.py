@@ -89,7 +89,7 @@ def estimates(group: Tensor, draws: Tensor, n: int) -> Tensor:
     """What mvue makes of one group for each draw: float64 [draws, 4]."""
     members = tuple(group[i].expand(len(draws)) for i in range(4))
     sizes = tuple(member.float().abs().contiguous() for member in members)
-    chosen, worth = (sampling.mvue_two if n == 2 else sampling.mvue_one)(sizes, draws)
+    chosen, worth, _ = (sampling.mvue_two if n == 2 else sampling.mvue_one)(sizes, draws)
     amount = rounded(worth, group.dtype).view(group.dtype).double()
     nibbles = chosen.nibbles().long()
     out = torch.zeros(len(draws), 4, dtype=torch.float64)
@@ -146,7 +146,7 @@ def border_groups(count: int, dtype: torch.dtype, seed: int) -> tuple[tuple[Tens
 def check_borders(count: int, dtype: torch.dtype, seed: int) -> None:
     members, draws = border_groups(count, dtype, seed)
     sizes = tuple(member.float().abs() for member in members)
-    chosen, worth = sampling.mvue_two(sizes, draws)
+    chosen, worth, _ = sampling.mvue_two(sizes, draws)
     nonzero = sum((size > 0).int() for size in sizes)
     kept = [torch.maximum(size, worth.to(dtype).float()) > 0 for size in chosen.of(sizes)]
     # A member that is zero is worth its group's amount if it is drawn: it must not be.

@@ -48,7 +48,7 @@ def test_json_lists_every_gemm_on_every_card(capsys: pytest.CaptureFixture[str])
 
 
 def test_text_says_that_it_predicts_and_from_what(capsys: pytest.CaptureFixture[str]) -> None:
-    text = plan(capsys, "--model", TINY, "--shape", "2048x64", "--gpu", "H100")
+    text = plan(capsys, "--model", TINY, "--shape", "2048x64", "--gpu", "H100", "--details")
     for words in (
         "H100: published efficiencies",
         "Predictions, not measurements",

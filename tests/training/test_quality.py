@@ -39,7 +39,7 @@ def test_wrong_values_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["quality", "code-lm", "--steps", "4", "--at", "5"]) == 2
     assert "at must be a step of the recipe, 0 to 4, got 5" in capsys.readouterr().err
     assert main(["quality", "code-lm", "--steps", "4", "--batches", "1"]) == 2
-    assert "at least 2 batches, got 1" in capsys.readouterr().err
+    assert "--batches: must be a whole number of at least 2" in capsys.readouterr().err
 
 
 def test_measuring_leaves_weights_statistics_and_the_next_step_alone() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pycusparselt
 import pytest
@@ -19,7 +20,7 @@ from tests.emulator.control import Emulator
 
 
 def test_json_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parser.main(["info", "--json"]) == 0
+    assert parser.main(["info", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["torch"].startswith(torch.__version__.split("+")[0])
     assert report["backend dense"] == "available"
@@ -42,13 +43,32 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch) -> None
     junk = tmp_path / "libcusparseLt.so.0"
     junk.write_bytes(b"not a library")
     result = subprocess.run(
-        [sys.executable, "-m", "sdgp_cusparselt", "info", "--json"],
+        [sys.executable, "-m", "sdgp_cusparselt", "info", "--json", "-"],
         env={"CUSPARSELT_LIBRARY": str(junk), "PATH": "", "PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     assert "not loaded" in json.loads(result.stdout)["cusparselt"]
+
+
+def wheel(folder: Path, name: str, version: str) -> None:
+    """Write what pip leaves of a wheel that installed libcusparseLt.so.0 into ``folder``."""
+    record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (record / "RECORD").write_text("nvidia/cusparselt/lib/libcusparseLt.so.0,,\n")
+
+
+def test_two_wheels_that_own_one_library_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    wheel(tmp_path, "nvidia-cusparselt-cu13", "0.8.1")
+    assert "cusparselt conflict" not in info.collect()
+    wheel(tmp_path, "nvidia-cusparselt-cu12", "0.7.1")
+    line = info.collect()["cusparselt conflict"]
+    assert line.startswith("nvidia-cusparselt-cu12 0.7.1 and nvidia-cusparselt-cu13 0.8.1 both own")
+    assert str(tmp_path / "nvidia") in line
+    assert "pip uninstall nvidia-cusparselt-cu12 nvidia-cusparselt-cu13," in line
 
 
 def test_the_command_line_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +99,7 @@ def test_learned_layouts_are_listed(
     grad_output, weight = torch.randn(256, 64).bfloat16(), torch.randn(64, 32).bfloat16()
     operands = LinearGradInput(grad_output, weight)
     sparse_product(emulated_backend, operands, sdgp.SDGPConfig(prune="magnitude"))
-    assert parser.main(["info", "--json"]) == 0
+    assert parser.main(["info", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     (line,) = [value for key, value in report.items() if key.startswith("layout: ")]
     assert line.endswith("proven for 1 plans of 256x64")
