@@ -96,14 +96,17 @@ def _constants(config: SDGPConfig, record: LayerRecord) -> tuple[bool, bool, str
     return config.prunes, config.grad_weight == "sparse", config.text, token
 
 
-def _applied(transformed: type[Function], apply: Any, *args: Any) -> Any:
+def _applied(
+    transformed: type[Function], apply: Any, input: Tensor, weight: Tensor, *others: Any
+) -> Any:
     """Apply an autograd function in eager mode; ``apply`` is what its ``apply`` calls at last.
 
     On its way there that binds the arguments through ``inspect.signature``, 15 us.
     """
     if torch._C._are_functorch_transforms_active():
-        return transformed.apply(*args)  # type: ignore[no-untyped-call]
-    return apply(*args)
+        return transformed.apply(input, weight, *others)  # type: ignore[no-untyped-call]
+    unwrap = _functorch.unwrap_if_dead  # of tensors that outlived a transform
+    return apply(unwrap(input), unwrap(weight), *others)
 
 
 class _Linear(Function):
