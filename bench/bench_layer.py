@@ -82,6 +82,43 @@ def test_cpu_layer_forward_backward(
     benchmark.pedantic(lambda: step(pruned), rounds=3, warmup_rounds=1)
 
 
+def best_us(function: Callable[[], object], rounds: int = 15, calls: int = 500) -> float:
+    """Return microseconds of CPU time of one call, the best of many rounds."""
+    function()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        for _ in range(calls):
+            function()
+        times.append((time.process_time() - start) / calls)
+    return 1e6 * min(times)
+
+
+@pytest.mark.parametrize("prune", ["none", "magnitude"])
+def test_cpu_host_time_of_a_layer(benchmark, monkeypatch, prune: str) -> None:
+    """Host time of a tiny layer over torch's own, its grad_input being one plain product."""
+    monkeypatch.setattr(
+        "sdgp_cusparselt.products.backward.linear_grad_input",
+        lambda grad_output, weight, config, record: grad_output.mm(weight),
+    )
+    plain, ours = nn.Linear(8, 8), nn.Linear(8, 8)
+    sdgp.convert_(ours, sdgp.SDGPConfig(prune=prune))
+    input, grad_output = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+
+    def step(layer: nn.Module) -> None:
+        torch.autograd.grad(layer(input), [input, *layer.parameters()], grad_output)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    forward = [best_us(functools.partial(layer, input)) for layer in (plain, ours)]
+    both = [best_us(functools.partial(step, layer)) for layer in (plain, ours)]
+    torch.set_num_threads(threads)
+    benchmark.extra_info.update(forward_us=forward, forward_and_backward_us=both)
+    print(f"\n{prune}: forward {forward[1]:.1f} us over {forward[0]:.1f},", end=" ")
+    print(f"with backward {both[1]:.1f} us over {both[0]:.1f}")
+    benchmark.pedantic(lambda: step(ours), rounds=3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_cpu_magnitude_over_topk(benchmark, dtype: torch.dtype) -> None:
     """Magnitude pruning of [4096, 1024] against abs().topk(2) of the same groups of four."""
