@@ -42,7 +42,7 @@ def test_nothing_starts_after_the_time_limit(tmp_path: Path) -> None:
 
 
 def test_without_a_checkout_it_says_so(tmp_path: Path) -> None:
-    """As from a wheel: the packages without the folders beside them."""
+    """As from a copy of the packages alone."""
     for package in ("sdgp_cusparselt", "bindings/pycusparselt"):
         shutil.copytree(ROOT / package, tmp_path / Path(package).name)
     code = (
@@ -51,7 +51,7 @@ def test_without_a_checkout_it_says_so(tmp_path: Path) -> None:
     )
     done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "its bench folder, which wheels do not bring" in done.stderr
+    assert "a checkout of the sources with its bench folder" in done.stderr
     assert "Clone the repository" in done.stderr
 
 
