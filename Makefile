@@ -8,7 +8,7 @@ export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-abi test-slow lint bench campaign gpu-check docs clean
+.PHONY: install resolve constraints demo test test-abi test-portable test-slow test-foreign lint bench campaign gpu-check docs clean
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -16,11 +16,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Without installing anything: do the pins resolve for every Python and both builds of torch?
+resolve: $(STAMP)
+	UV=$(BIN)/uv .ci/resolve
+
+# Pins what pyproject.toml names and constraints.txt does not; UPGRADE="-P numpy" renews one.
+constraints: $(STAMP)
+	UV=$(BIN)/uv .ci/constraints $(UPGRADE)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck docker/install.sh docker/slurm.sbatch
+	$(BIN)/shellcheck .ci/run .ci/resolve .ci/constraints .ci/portable docker/install.sh docker/slurm.sbatch
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 # Real training on data inside packages, dense beside pruned; under three minutes on two cores.
@@ -31,7 +39,11 @@ demo: $(STAMP)
 	  --methods dense,magnitude,mvue --out runs/demo/code-lm --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow and not foreign"
+
+# The numbers again, on four machines that this one can pose as, with one thread and with four.
+test-portable: $(STAMP)
+	PYTHON=$(BIN)/python .ci/portable
 
 # Downloads the seven wheels that the binding promises to fit (1.4 GB, once, into build/wheels).
 test-abi: $(STAMP)
@@ -47,6 +59,11 @@ docs: $(STAMP)
 # Training to stated accuracy, fresh environments: minutes each.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+# Samples, models and libraries that others wrote; closes with its counts and known differences.
+test-foreign: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[foreign]'
+	$(BIN)/python -m pytest -q -m foreign tests/foreign
 
 # What a CPU can measure: the fallback, the reference packer, the binding, all as ratios in one run.
 bench: $(STAMP)

@@ -21,8 +21,9 @@ from bench.operands import UnavailableError, best_candidate, describe, executor,
 from bench.shapes import Case, Product, Selection, linear_cases
 from bench.timing import Run
 from bench.verify import Check, WrongResultError, check_any, check_pruned, product
-from sdgp_cusparselt.backends.dense import DenseBackend
 from sdgp_cusparselt.products import backward as products
+from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight, Operands
+from sdgp_cusparselt.products.sparse import sparse_product
 from sdgp_cusparselt.recording import records
 
 # The dispatcher's choice is written down, not raised.
@@ -74,9 +75,10 @@ def _sparse(which: Product, tokens: str = "magnitude") -> Prepare:
 
 def _forced(case: Case, which: Product, candidate: Any, tokens: str) -> Tensor:
     data, backend, config = operands(case), executor(case.device_type), _config(tokens=tokens)
-    if which == "grad_input":
-        return backend.linear_grad_input(data.grad_output, data.weight, config, candidate)
-    return backend.linear_grad_weight(data.grad_output, data.input, config, candidate)
+    product: Operands = LinearGradInput(data.grad_output, data.weight)
+    if which == "grad_weight":
+        product = LinearGradWeight(data.grad_output, data.input)
+    return sparse_product(backend, product, config, candidate)
 
 
 def _sparse_both(case: Case) -> Work:
@@ -144,19 +146,19 @@ def _check_auto(case: Case, which: Product, result: Tensor) -> Check:
 
 
 def _chosen(record: records.LayerRecord) -> dict[str, Any]:
-    """Return product -> backend -> calls, and why a preferred backend was not chosen."""
+    """Return product -> way -> calls, and why it was not the sparse one."""
     chosen: dict[str, dict[str, int]] = {}
-    for (which, backend), count in record.calls.items():
-        chosen.setdefault(which, {})[backend] = count
-    return {"chose": chosen, "because": sorted({reason for _, _, reason in record.fallbacks})}
+    for (which, way), count in record.calls.items():
+        chosen.setdefault(which, {})[way] = count
+    return {"chose": chosen, "because": sorted({reason for _, reason in record.fallbacks})}
 
 
 def _fallback(case: Case) -> Work:
-    """The dense backend: the same numbers where there are no sparse tensor cores."""
-    data, backend, config = operands(case), DenseBackend(), _config()
+    """Emulation: the same numbers where there are no sparse tensor cores."""
+    data, config = operands(case), _config()
     expected = data.expected("grad_input")
     info = {"measured_on": "gpu" if case.device_type == "cuda" else "cpu, the fallback"}
-    run = lambda: backend.linear_grad_input(data.grad_output, data.weight, config)  # noqa: E731
+    run = lambda: LinearGradInput(data.grad_output, data.weight).emulated(config)  # noqa: E731
     return _work(case, ("grad_input",), run, expected.check, info=info)
 
 

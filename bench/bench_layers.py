@@ -126,9 +126,9 @@ def measured_on(device_type: str) -> dict[str, str]:
 
 
 def backends_used(record: records.LayerRecord) -> dict[str, int]:
-    """Return "product backend" -> calls, and "product backend: reason" -> fallbacks."""
+    """Return "product way" -> calls, and "product not sparse: reason" -> calls."""
     used = {" ".join(key): count for key, count in record.calls.items()}
-    fallbacks = {f"{p} not {b}: {why}": c for (p, b, why), c in record.fallbacks.items()}
+    fallbacks = {f"{p} not sparse: {why}": c for (p, why), c in record.fallbacks.items()}
     return used | fallbacks
 
 

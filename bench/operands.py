@@ -19,7 +19,7 @@ from bench.verify import Expected, WrongResultError, product
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 
 #: Seconds in which all candidates of one product are timed once more each.
 SCREENING_S = 0.02
@@ -113,11 +113,10 @@ def executor(device_type: str) -> CusparseLtBackend:
     """
     if device_type == "cpu":
         return CusparseLtBackend(Machine("cpu", cslt.load(_emulator())))
-    backend = next(b for b in dispatch.BACKENDS if isinstance(b, CusparseLtBackend))
-    reasons = backend.machine_reasons()
+    reasons = routes.LIBRARY.machine_reasons()
     if reasons:
         raise UnavailableError("; ".join(reasons))
-    return backend
+    return routes.LIBRARY
 
 
 def _emulator() -> str:

@@ -214,7 +214,7 @@ def sparse_share(backends: dict[str, int]) -> str:
     for product in ("grad_input", "grad_weight"):
         calls = {key: n for key, n in backends.items() if key.split()[0] == product}
         if calls:
-            sparse = calls.get(f"{product} cusparselt", 0)
+            sparse = calls.get(f"{product} sparse", 0)
             parts.append(f"{product} {sparse} of {sum(calls.values())}")
     return ", ".join(parts) or "none"
 

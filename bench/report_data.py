@@ -112,9 +112,16 @@ def load(paths: Iterable[Path]) -> Results:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return a document; None for JSON of another kind, such as a probe's, in the same folder."""
+    """Return a document; None for JSON of another kind, such as a probe's, in the same folder.
+
+    None as well for an empty file: pytest-benchmark makes it before it measures, and leaves it
+    where it measured nothing.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not text:
+        return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(text)
     except json.JSONDecodeError as error:
         fix = "Write it with sdgp bench."
         raise value_error("load", "paths", "JSON", path, fix) from error

@@ -9,8 +9,8 @@ GitHub too; the API pages (api.md) are made for each build and not kept.
 from collections.abc import Iterator
 from pathlib import Path
 
+from sdgp_cusparselt.cards.gpus import GPUS
 from sdgp_cusparselt.planner.gemms import trace_step
-from sdgp_cusparselt.planner.gpus import GPUS
 from sdgp_cusparselt.planner.models import PRESETS, load
 from sdgp_cusparselt.planner.plot import plot
 from sdgp_cusparselt.planner.report import table

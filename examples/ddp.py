@@ -20,8 +20,8 @@ def train(steps: int, batch: int = BATCH) -> tuple[torch.nn.Module, list[float]]
     """Return the trained model and the mean loss over the ranks of every step."""
     device = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
     model = build_model().to(device)
-    # tune="first_use" is safe here: one rank of each kind of GPU times a shape, the others wait
-    # for its result, and not longer than two minutes.
+    # One rank of each kind of GPU tries a shape when it first occurs; the others wait for its
+    # result, and not longer than 15 s.
     sdgp.convert_(model, sdgp.SDGPConfig(prune="mvue"))
     wrapped = DistributedDataParallel(model, device_ids=[device] if CUDA else None)
     optimizer = build_optimizer(model)

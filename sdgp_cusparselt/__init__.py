@@ -39,7 +39,7 @@ else:
     from sdgp_cusparselt.layers.stepping import load_schedule_state, schedule_state, step, step_with
     from sdgp_cusparselt.packing import MetadataLayout, Packed24
     from sdgp_cusparselt.products.by_hand import library_layout, matmul, pack
-    from sdgp_cusparselt.products.dispatch import BackendStatus, backend_status
+    from sdgp_cusparselt.products.routes import BackendStatus, backend_status
     from sdgp_cusparselt.pruning import methods
     from sdgp_cusparselt.telemetry.counts import Telemetry, telemetry
     from sdgp_cusparselt.tuning.recorder import record_shapes

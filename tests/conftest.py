@@ -29,6 +29,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_prepared() -> None:
+    """Let each test prepare its calls and hear its warnings, whatever ran before it."""
+    from sdgp_cusparselt.products import dispatch
+
+    dispatch.forget()
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test learns away from the user's cache and from other tests."""
     monkeypatch.setenv("SDGP_CACHE_DIR", str(tmp_path / "cache"))

@@ -1,6 +1,8 @@
 """Oracles and bounds that several test modules share."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +12,22 @@ SDGP_PATTERNS = [(1, 4), (2, 4), (1, 8), (2, 8), (4, 8)]
 SDGP_PATTERNS += [(2, 16), (4, 16), (8, 16), (4, 32), (8, 32), (16, 32)]
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Have new models and random tensors be of float64.
+
+    Half batches, compiled code and other CPUs' libraries add up in other orders. In float32 that
+    decides now and then which of two nearly equal gradients survives, and AdamW makes a full step
+    of it.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def bits(x: Tensor) -> Tensor:

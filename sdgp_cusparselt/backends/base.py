@@ -1,17 +1,16 @@
-"""What a backend answers: can it run this product, and if not, why not."""
+"""A product with its sizes and its user's choices: what support is decided by."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config.choices import SDGPConfig
-from sdgp_cusparselt.config.patterns import STOCHASTIC
 
 Product = Literal["grad_input", "grad_weight"]
+#: sparse: pruned, packed, on sparse tensor cores. plain: torch's own product of the unpruned
+#: gradient. emulated: pruned, its zeros multiplied like everything else.
+Way = Literal["sparse", "plain", "emulated"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class Problem:
         k: reduced dimension, along which the groups run.
         dtype: of both operands.
         device: of both operands.
+        config: what the user chose.
         conv: geometry if the layer is a convolution, else None.
         kernel_size: of that convolution.
         channels_last: whether the convolution's grad_output lies in memory pixel by pixel.
-        config: what the user chose.
-        dense_order: "row" or "col", how the [K, N] operand lies in memory.
-        spatial: sizes of a convolution's grad_output, and height and width of its input.
+        dense_order: "row" or "col", how the [K, N] operand lies in memory; None where the library
+            cannot read it.
     """
 
     product: Product
@@ -56,15 +55,17 @@ class Problem:
     conv: ConvGeometry | None = None
     kernel_size: tuple[int, int] = (1, 1)
     channels_last: bool = True
-    dense_order: Literal["row", "col"] = "row"
-    spatial: tuple[int, ...] = ()
+    dense_order: Literal["row", "col"] | None = "row"
 
     @property
-    def draws(self) -> bool:
-        """Whether its pruning draws random numbers."""
-        config = self.config
-        method = config.prune if self.product == "grad_input" else config.grad_weight_prune
-        return method in STOCHASTIC
+    def method(self) -> str:
+        """How its left operand is pruned."""
+        return method_of(self.product, self.config)
+
+    @property
+    def packed_method(self) -> str:
+        """How the packer prunes it; 1:4 is pruned beforehand and packed as it is."""
+        return self.method if (self.config.n, self.config.m) == (2, 4) else "none"
 
     def describe(self) -> str:
         """Return the product's inputs, one per line, for an error message."""
@@ -79,108 +80,6 @@ class Problem:
         return "\n".join(lines)
 
 
-class Backend(ABC):
-    """One way of computing the products of a pruned backward pass.
-
-    Every product takes ``candidate``, which a backend with several algorithms is told to use; the
-    others ignore it.
-    """
-
-    name: str
-
-    @abstractmethod
-    def machine_reasons(self) -> list[str]:
-        """Return why this backend cannot run on this machine at all; empty if it can."""
-
-    @abstractmethod
-    def not_supported_reasons(self, problem: Problem) -> list[str]:
-        """Return why this backend cannot run ``problem`` on this machine; empty if it can."""
-
-    @abstractmethod
-    def linear_grad_input(
-        self,
-        grad_output: Tensor,
-        weight: Tensor,
-        config: SDGPConfig,
-        candidate: Candidate | None = None,
-    ) -> Tensor:
-        """Return prune(grad_output) @ weight.
-
-        Args:
-            grad_output: [..., K] with K = out_features.
-            weight: [K, N] with N = in_features, any strides.
-            config: how to prune.
-            candidate: how to multiply, where there is a choice.
-
-        Returns:
-            [..., N], grad_output's dtype.
-        """
-
-    @abstractmethod
-    def linear_grad_weight(
-        self,
-        grad_output: Tensor,
-        input: Tensor,
-        config: SDGPConfig,
-        candidate: Candidate | None = None,
-    ) -> Tensor:
-        """Return prune(grad_output along tokens).T @ input.
-
-        Args:
-            grad_output: [tokens, out_features].
-            input: [tokens, in_features].
-            config: how to prune.
-            candidate: how to multiply, where there is a choice.
-
-        Returns:
-            [out_features, in_features], grad_output's dtype.
-        """
-
-    @abstractmethod
-    def conv2d_grad_input(
-        self,
-        grad_output: Tensor,
-        weight: Tensor,
-        input_like: Tensor,
-        conv: ConvGeometry,
-        config: SDGPConfig,
-        candidate: Candidate | None = None,
-    ) -> Tensor:
-        """Return the transposed convolution of prune(grad_output along channels) with weight.
-
-        Args:
-            grad_output: [N, out_channels, H_out, W_out].
-            weight: [out_channels, in_channels / groups, kH, kW].
-            input_like: [N, in_channels, H, W] whose sizes and strides the result takes; its
-                values are not read.
-            conv: stride, padding, dilation, groups.
-            config: how to prune.
-            candidate: how to multiply, where there is a choice.
-
-        Returns:
-            Tensor like input_like, grad_output's dtype.
-        """
-
-    @abstractmethod
-    def conv2d_grad_weight(
-        self,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        conv: ConvGeometry,
-        config: SDGPConfig,
-        candidate: Candidate | None = None,
-    ) -> Tensor:
-        """Return the weight gradient from grad_output pruned along its pixels.
-
-        Args:
-            grad_output: [N, out_channels, H_out, W_out].
-            input: [N, in_channels, H, W].
-            weight: [out_channels, in_channels / groups, kH, kW]; only its shape matters.
-            conv: stride, padding, dilation, groups.
-            config: how to prune.
-            candidate: how to multiply, where there is a choice.
-
-        Returns:
-            Tensor of weight's shape, grad_output's dtype.
-        """
+def method_of(product: Product, config: SDGPConfig) -> str:
+    """Return how a configuration prunes the gradient for a product."""
+    return config.prune if product == "grad_input" else config.grad_weight_prune

@@ -11,7 +11,6 @@ from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.backends.plans import (
     PlanCache,
     PlannedGemm,
-    is_capturing,
     on_device,
     planned_as,
 )
@@ -19,6 +18,7 @@ from sdgp_cusparselt.equivalence import compare, exact_bound
 from sdgp_cusparselt.packing.certify import Check, certify, plan_compress
 from sdgp_cusparselt.packing.proofs import Certificate, Proofs
 from sdgp_cusparselt.packing.trials import few_integers, share_of_nonzeros, some_rows, wide_product
+from sdgp_cusparselt.recording.spans import is_capturing
 
 NOT_YET = "not proven before the graph was captured"
 
@@ -94,13 +94,13 @@ def product_check(planned: PlannedGemm, gemm: Gemm) -> Check:
         generator = torch.Generator(gemm.device).manual_seed(gemm.n)
         stored = (gemm.k, gemm.n) if gemm.dense_order == "row" else (gemm.n, gemm.k)
         share = share_of_nonzeros(gemm.k, gemm.dtype)
-        dense = few_integers(*stored, share, gemm.dtype, gemm.device, generator)
+        dense = few_integers(*stored, gemm.dtype, gemm.device, generator, share=share)
         dense = dense if gemm.dense_order == "row" else dense.t()
         result = planned.product(packed, dense)
         rows = some_rows(planned.rows, max(gemm.n, gemm.k), gemm.device, generator)
         if rows is not None:
             left, result = left[rows], result[rows]
-        expected = wide_product(left, dense)
+        expected = wide_product(left, dense, gemm.dtype)
         if torch.equal(result, expected):
             return None
         # Twice: the expected integers were rounded to the result's dtype as well.

@@ -6,6 +6,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+#: What packs an operand: our own kernel, or the library's Compress after pruning in plain torch.
+Packer = Literal["ours", "library"]
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -54,8 +57,22 @@ class Candidate:
 class SparseExecutor(Protocol):
     """What the tuner needs of a backend."""
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
-        """Return the ways of running gemm that cannot hang or end the process, default first."""
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
+        """Return ways of running gemm, the default first.
+
+        Args:
+            gemm: the product.
+            safe: only those that cannot hang or end the process; else all of them, for a process
+                that can be spared.
+        """
+        ...
+
+    def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:
+        """Return what ``pack`` would use for a plan: ours only where it is proven.
+
+        Raises:
+            CusparseLtError: the library refused the plan.
+        """
         ...
 
     def pack(

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import pycusparselt as cslt
@@ -31,7 +32,7 @@ class Machine:
         self.device_type = device_type
         self.cpu_capability = cpu_capability
         self._library = library
-        self._reasons: list[str] | None = None
+        self._software: list[str] | None = None
 
     def library(self) -> Library:
         """Return the library, opening it the first time.
@@ -44,23 +45,36 @@ class Machine:
             self._library = cslt.load()
         return self._library
 
-    def reasons(self) -> list[str]:
-        """Return why nothing here can run a sparse product; empty if something can."""
-        if self._reasons is None:
-            self._reasons = self._device_reasons() or self._library_reasons()
-        return self._reasons
+    def reasons(self, device: torch.device | None = None) -> list[str]:
+        """Return why ``device`` cannot run a sparse product; empty if it can.
 
-    def _device_reasons(self) -> list[str]:
+        Args:
+            device: where the tensors are; if None, the best device of this machine.
+        """
+        return self.hardware_reasons(device) or self.software_reasons()
+
+    def hardware_reasons(self, device: torch.device | None = None) -> list[str]:
+        """Return why ``device``, or every device of this machine, has no sparse tensor cores."""
+        if device is not None and device.type != self.device_type:
+            absent = self.hardware_reasons()
+            return absent or [f"the tensors are on {device.type}, not on {self.device_type}"]
         if self.device_type != "cuda":
             return []
         if not torch.cuda.is_available():
             return ["torch sees no CUDA device"]
         if torch.version.hip is not None:
             return ["this is a ROCm build of torch"]
-        best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        devices = range(torch.cuda.device_count()) if device is None else [device]
+        best = max(torch.cuda.get_device_capability(one) for one in devices)
         if best < OLDEST_CAPABILITY:
             return [f"compute capability is {best[0]}.{best[1]}, sparse tensor cores need 8.0"]
         return []
+
+    def software_reasons(self) -> list[str]:
+        """Return what is not installed that a sparse product needs; found out once."""
+        if self._software is None:
+            self._software = [*self._library_reasons(), *self._triton_reasons()]
+        return self._software
 
     def _library_reasons(self) -> list[str]:
         try:
@@ -68,6 +82,13 @@ class Machine:
         except (cslt.LibraryNotFoundError, cslt.UnsupportedVersionError) as error:
             return [str(error)]
         return []
+
+    def _triton_reasons(self) -> list[str]:
+        """Return why no pack kernel can be compiled: plain torch takes 20 times as long."""
+        if self.device_type != "cuda":
+            return []
+        fault = compiler_fault()
+        return [] if fault is None else [f"no pack kernel can be compiled: {fault}"]
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Return the compute capability of a device."""
@@ -86,6 +107,24 @@ class Machine:
             "cusparselt": self.library().version_text,
             **versions(),
         }
+
+
+def compiler_fault() -> str | None:
+    """Return why Triton cannot start a kernel here, or None.
+
+    Its driver is built by the C compiler of the machine when it is first asked for. A container
+    without one would raise in the middle of a backward pass.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.utils  # noqa: B018
+    except ImportError:
+        return "Triton cannot be imported; pip install triton"
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"{line}; install gcc, or set CC"
+    return None
 
 
 def driver_version() -> str:

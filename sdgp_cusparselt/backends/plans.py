@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import pycusparselt as cslt
@@ -15,6 +16,7 @@ from pycusparselt.loader import Library
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.recording.spans import is_capturing as is_capturing
 
 DATA_TYPES = {torch.bfloat16: cslt.DataType.R_16BF, torch.float16: cslt.DataType.R_16F}
 
@@ -209,33 +211,12 @@ def planned_as(gemm: Gemm) -> Gemm:
 
 def dense_order(x: Tensor) -> Literal["row", "col"] | None:
     """Return how a matrix lies in memory, "row" or "col", or None where a copy is needed."""
-    return None if x.data_ptr() % ALIGNMENT else stored_order(x)
-
-
-def stored_order(x: Tensor) -> Literal["row", "col"] | None:
-    """Return how a matrix lies in memory, wherever it begins, or None where it has gaps."""
+    if x.data_ptr() % ALIGNMENT:
+        return None
     rows, cols = x.shape
     if x.stride() == (cols, 1):
         return "row"
     return "col" if x.stride() == (1, rows) else None
-
-
-def row_major(x: Tensor) -> Tensor:
-    """Return x where the library can read it row by row, else such a copy.
-
-    torch's allocators align every new tensor to 64 bytes or more.
-    """
-    return x if dense_order(x) == "row" else x.clone(memory_format=torch.contiguous_format)
-
-
-def readable(x: Tensor) -> Tensor:
-    """Return x where the library can read it, else a copy in the order that x has, or row-major.
-
-    The order stays, because a plan was proven for it.
-    """
-    if dense_order(x) is not None:
-        return x
-    return row_major(x.t()).t() if stored_order(x) == "col" else row_major(x)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -250,6 +231,12 @@ def current_stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is being recorded into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def device_calls(device: torch.device) -> tuple[int, Callable[[], int], Callable[[], int]]:
+    """Return a device's index, what tells the current one, and what tells its current stream.
+
+    The public functions build objects at every call; these are what they ask.
+    """
+    if device.type != "cuda":
+        return 0, int, int
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch._C._cuda_getDevice, partial(torch._C._cuda_getCurrentRawStream, index)

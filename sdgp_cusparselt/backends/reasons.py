@@ -1,9 +1,13 @@
-"""The rules of cuSPARSELt and of this backend that a product may break, each as a sentence."""
+"""The rules of cuSPARSELt and of this package that a product may break, each as a sentence."""
 
 import torch
 
 from sdgp_cusparselt.backends.base import ConvGeometry, Problem
-from sdgp_cusparselt.backends.plans import DATA_TYPES, DENSE_MULTIPLE, STRUCTURED_MULTIPLE
+from sdgp_cusparselt.backends.plans import (
+    DATA_TYPES,
+    DENSE_MULTIPLE,
+    STRUCTURED_MULTIPLE,
+)
 from sdgp_cusparselt.config.patterns import HARDWARE_PATTERNS
 
 #: The library counts the elements of a matrix in 32 bits.
@@ -11,27 +15,27 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 def pattern_reasons(problem: Problem) -> list[str]:
-    """Return what is wrong with the dtype and the N:M pattern."""
+    """Return why no sparse tensor core runs what the user chose; it is emulated then."""
     config, reasons = problem.config, []
+    if (config.n, config.m) not in HARDWARE_PATTERNS:
+        reasons.append(f"{config.n}:{config.m} does not fit the 2:4 format")
+    if config.decays and problem.product == "grad_input":
+        reasons.append("mask decay (0 < beta < 1) leaves no zeros to skip")
+    return reasons
+
+
+def size_reasons(problem: Problem) -> list[str]:
+    """Return what is wrong with dtype, sizes and the geometry of a convolution."""
+    m, n, k, reasons = problem.m, problem.n, problem.k, []
     if problem.dtype == torch.float32:
         reasons.append("float32 runs 1:2 on sparse tensor cores, not 2:4; use bfloat16 autocast")
     elif problem.dtype not in DATA_TYPES:
         reasons.append(f"{problem.dtype} is neither bfloat16 nor float16")
-    if (config.n, config.m) not in HARDWARE_PATTERNS:
-        reasons.append(f"{config.n}:{config.m} does not fit the 2:4 format; it is emulated")
-    if config.decays and problem.product == "grad_input":
-        reasons.append("mask decay (0 < beta < 1) leaves no zeros to skip; it is emulated")
-    return reasons
-
-
-def shape_reasons(problem: Problem) -> list[str]:
-    """Return what is wrong with the sizes, and with the geometry of a convolution."""
-    m, n, k, reasons = problem.m, problem.n, problem.k, []
     if problem.product == "grad_input":
         rules = (("K (outputs)", k, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE))
     else:
         rules = (("M (outputs)", m, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE))
-        if k < STRUCTURED_MULTIPLE:
+        if 0 < k < STRUCTURED_MULTIPLE:
             reasons.append(f"K (tokens) is {k}, fewer than {STRUCTURED_MULTIPLE}")
     for name, value, multiple in rules:
         if value % multiple:
@@ -43,16 +47,25 @@ def shape_reasons(problem: Problem) -> list[str]:
     return reasons + (_conv_reasons(problem, problem.conv) if problem.conv else [])
 
 
+def memory_reasons(problem: Problem) -> list[str]:
+    """Return what is wrong with how the operands lie in memory."""
+    if problem.conv is not None and not problem.channels_last:
+        fix = "use model.to(memory_format=torch.channels_last)"
+        return [f"grad_output is not channels_last; {fix}"]
+    # Only grad_weight's tokens may end between two rows of the operand: those are cut off.
+    if problem.dense_order is None or (problem.product, problem.dense_order) == (
+        "grad_weight",
+        "col",
+    ):
+        return ["the dense operand would have to be copied: it is strided or not aligned"]
+    return []
+
+
 def _conv_reasons(problem: Problem, conv: ConvGeometry) -> list[str]:
     reasons = []
     if conv.groups != 1:
         reasons.append(f"the convolution has {conv.groups} groups")
-    if not problem.channels_last:
-        reasons.append(
-            "grad_output is not channels_last; use model.to(memory_format=torch.channels_last)"
-        )
-    if problem.product == "grad_weight" and (
-        problem.kernel_size != (1, 1) or conv.padding != (0, 0)
-    ):
-        reasons.append("only an unpadded 1x1 convolution has grad_weight as one product")
+    if problem.kernel_size != (1, 1) or conv.padding != (0, 0):
+        # Columns that overlap are written, read and added up: 110 bytes for each input element.
+        reasons.append("only an unpadded 1x1 convolution is one product with nothing to add up")
     return reasons

@@ -1,4 +1,4 @@
-"""``sdgp check``: does every backend of this machine compute what float64 says?"""
+"""``sdgp check``: does every way on this machine compute what float64 says?"""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from sdgp_cusparselt.backends.plans import on_device
 from sdgp_cusparselt.commands.arguments import device_of, integer
 from sdgp_cusparselt.commands.console import Output
-from sdgp_cusparselt.products import dispatch
-from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, Outcome, check
+from sdgp_cusparselt.products import routes
+from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, WAYS, Outcome, check
 from sdgp_cusparselt.versions import versions
 
 WRONG = 1
@@ -29,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, print the verdict and what is wrong; 1 on any mismatch."""
     device = device_of(args.device)
-    unavailable = {s.name: s.reason for s in dispatch.backend_status() if not s.available}
-    with _full_precision():
+    reasons = routes.LIBRARY.machine_reasons(device)
+    unavailable = {"sparse": "; ".join(reasons)} if reasons else {}
+    with _full_precision(), on_device(device):
         outcomes = [
-            check(backend, case, dtype, device, args.seed)
-            for backend in dispatch.BACKENDS
-            if backend.name not in unavailable
+            check(way, case, dtype, device, args.seed)
+            for way in WAYS
+            if way not in unavailable
             for case in CASES
             for dtype in DTYPES
         ]
@@ -63,8 +65,8 @@ def _print(
     wrong: int,
     details: bool,
 ) -> None:
-    for name in dict.fromkeys(outcome.backend for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome.backend == name]
+    for name in dict.fromkeys(outcome.way for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.way == name]
         ran = sum(outcome.status != NOT_RUN for outcome in own)
         bad = sum(outcome.status == MISMATCH for outcome in own)
         verdict = f"WRONG: {bad} out of bound" if bad else "right: none out of bound"
@@ -82,11 +84,11 @@ def _print(
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("backend", "product", "case", "dtype", "device", "result"):
+    for column in ("way", "product", "case", "dtype", "device", "result"):
         table.add_column(column, overflow="fold")
     for o in outcomes:
         result = f"{o.status}: {o.detail}" if o.detail else o.status
-        table.add_row(o.backend, o.product, o.case, o.dtype, o.device, result)
+        table.add_row(o.way, o.product, o.case, o.dtype, o.device, result)
     return table
 
 

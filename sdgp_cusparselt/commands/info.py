@@ -1,9 +1,11 @@
 """``sdgp info``: an environment report to paste into an issue; it never fails."""
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from sdgp_cusparselt.commands.arguments import UsageError, integer, output_file
@@ -172,6 +174,35 @@ def _library() -> dict[str, str]:
     return {"cusparselt": f"{library.version_text} at {library.path}"}
 
 
+def _owners() -> dict[str, str]:
+    """Name the file that several wheels installed over each other: pip removes it with any one."""
+    import pycusparselt.loader
+
+    wheels: dict[str, list[str]] = {}
+    for distribution in metadata.distributions():
+        for file in distribution.files or ():
+            if file.name == pycusparselt.loader.SONAME:
+                path = os.path.realpath(str(file.locate()))
+                wheels.setdefault(path, []).append(f"{distribution.name} {distribution.version}")
+    shared = {path: sorted(set(names)) for path, names in wheels.items() if len(set(names)) > 1}
+    if not shared:
+        return {}
+    ((path, names), *_) = shared.items()
+    owners = " ".join(name.split()[0] for name in names)
+    return {
+        "cusparselt conflict": f"{' and '.join(names)} both own {path}, and removing either "
+        f"removes it. pip uninstall {owners}, then pip install the one that torch "
+        f"asks for: {_wanted_by_torch()}"
+    }
+
+
+def _wanted_by_torch() -> str:
+    """Return torch's requirement of cuSPARSELt as its metadata has it."""
+    required = metadata.requires("torch") or ()
+    wanted = (line.partition(";")[0].strip() for line in required if "cusparselt" in line)
+    return next(wanted, "none, so the one for torch's CUDA")
+
+
 def _backends() -> dict[str, str]:
     import sdgp_cusparselt as sdgp
 
@@ -210,6 +241,7 @@ PROBES: tuple[Callable[[], dict[str, str]], ...] = (
     _versions,
     _devices,
     _library,
+    _owners,
     _backends,
     _kernels,
     _layouts,

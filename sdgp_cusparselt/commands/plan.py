@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from sdgp_cusparselt.cards.gpus import GPUS
 from sdgp_cusparselt.commands.arguments import UsageError, integer, output_file, sizes
 from sdgp_cusparselt.commands.console import Output
 from sdgp_cusparselt.planner import report
 from sdgp_cusparselt.planner.gemms import Trace, trace_step
-from sdgp_cusparselt.planner.gpus import GPUS
 from sdgp_cusparselt.planner.models import PRESETS, Problem, load
 from sdgp_cusparselt.planner.results import (
     PredictionError,

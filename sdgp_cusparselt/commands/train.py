@@ -18,7 +18,7 @@ from sdgp_cusparselt.commands.arguments import (
 from sdgp_cusparselt.commands.console import Output, console
 from sdgp_cusparselt.config.choices import BackendName
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.training.checkpoint import write_json
 from sdgp_cusparselt.training.data import Dataset
 from sdgp_cusparselt.training.interrupts import StopSignal
@@ -190,7 +190,7 @@ def _backend(args: argparse.Namespace, device: str) -> BackendName:
         UsageError: it cannot.
     """
     on_cpu = device == "cpu"
-    for status in dispatch.backend_status():
+    for status in routes.backend_status():
         if status.name == args.backend and not status.available:
             raise UsageError(f"argument --backend: {args.backend} cannot run: {status.reason}")
     if on_cpu and args.backend == "cusparselt":

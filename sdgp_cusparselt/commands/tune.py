@@ -4,6 +4,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,19 +19,23 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.config.patterns import METHODS
+from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.layers.convert import is_head
 from sdgp_cusparselt.layers.modules import SDGPConv1D, sdgp_class_of
 from sdgp_cusparselt.planner.gemms import DENSE_MULTIPLE, SPARSE_MULTIPLE, trace_step
 from sdgp_cusparselt.planner.gemms import Gemm as TracedGemm
 from sdgp_cusparselt.planner.models import PRESETS, load
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.tuning import Decision, default_cache, tune
+from sdgp_cusparselt.tuning.child import cusparselt_executor
 from sdgp_cusparselt.tuning.decision import MATMUL, Key, describe_candidate
+from sdgp_cusparselt.tuning.search import FULL
 from sdgp_cusparselt.tuning.shapes import read_shapes
+from sdgp_cusparselt.tuning.watchdog import Watchdog
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CANNOT, INTERRUPTED = 2, 130
-FOLDED = "convolutions that race against cuDNN are tuned on first use"
+FOLDED = "k x k convolutions run plain: adding columns up costs more than sparse cores save"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, metavar="DEVICE", help="cuda (default) or cuda:1")
     parser.add_argument("--force", action="store_true", help="tune also what the cache has")
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="search in this process, for GPUs that allow one only: algorithms that may hang are "
+        "left out then, instead of tried in a process that is killed",
+    )
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -73,7 +86,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Tune, print the table; 2 where nothing can be tuned or the arguments name nothing."""
-    backend = next(b for b in dispatch.BACKENDS if isinstance(b, CusparseLtBackend))
+    backend = routes.LIBRARY
     reasons = backend.machine_reasons()
     if reasons:
         return _cannot(f"nothing to tune on this machine: {'; '.join(reasons)}")
@@ -91,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
         return _cannot("no product to tune")
     decisions: list[Decision] = []
     try:
-        _tune(keys, backend, decisions, force=args.force)
+        _tune(keys, backend, decisions, force=args.force, in_process=args.in_process)
+    except SDGPError as error:
+        return _cannot(f"{error}; {len(decisions)} decisions are stored")
     except KeyboardInterrupt:
         print(f"sdgp tune: interrupted; {len(decisions)} decisions are stored", file=sys.stderr)
         return INTERRUPTED
@@ -122,6 +137,7 @@ def _products(args: argparse.Namespace, device: torch.device) -> tuple[list[Key]
     keys = [key for key in keys if key.rival == MATMUL.name]
     if args.model:
         keys, skipped = _of_model(args, device)
+    keys = list(dict.fromkeys(key.measured for key in keys))
     return keys, {reason: count for reason, count in skipped.items() if count}
 
 
@@ -159,13 +175,26 @@ def _has_sparse_grad_weight(product: TracedGemm) -> bool:
 
 
 def _tune(
-    keys: Sequence[Key], backend: CusparseLtBackend, decisions: list[Decision], *, force: bool
+    keys: Sequence[Key],
+    backend: CusparseLtBackend,
+    decisions: list[Decision],
+    *,
+    force: bool,
+    in_process: bool,
 ) -> None:
     """Tune one product after the other under a progress bar; the cache keeps each at once."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     hidden = not sys.stderr.isatty()
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden) as bar:
+    with ExitStack() as stack:
+        searcher = None
+        if not in_process:
+            machine = backend.machine
+            arguments = (machine.device_type, machine.library().path, machine.cpu_capability)
+            watchdog = Watchdog(partial(cusparselt_executor, *arguments))
+            searcher = stack.enter_context(watchdog).search
+        bar = Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden)
+        stack.enter_context(bar)
         task = bar.add_task("tune", total=len(keys))
         for key in keys:
 
@@ -178,8 +207,9 @@ def _tune(
                 cache=default_cache(),
                 method=key.method,
                 transpose=key.transpose,
-                progress=show,
+                limits=replace(FULL, progress=show),
                 force=force,
+                searcher=searcher,
             )
             decisions.append(decision)
             bar.advance(task)

@@ -16,9 +16,9 @@ from sdgp_cusparselt.errors import type_error, value_error
 
 GradWeightMode = Literal["dense", "sparse"]
 BackendName = Literal["auto", "cusparselt", "dense"]
-OnUnsupported = Literal["dense", "raise"]
-OnSlower = Literal["dense", "prune"]
-TunePolicy = Literal["first_use", "ahead", "never"]
+OnUnsupported = Literal["plain", "emulate", "raise"]
+OnSlower = Literal["plain", "emulate"]
+TunePolicy = Literal["auto", "first_use", "ahead", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,21 @@ class SDGPConfig:
             gradient. 0 prunes, 1 is dense; between them the gradient has no zeros: emulated.
         grad_weight: "dense" as in the paper, or "sparse": grad_output pruned 2:4 along tokens.
         grad_weight_prune: method for that pruning; mvue, because a biased one does not train.
-        backend: "auto", or "cusparselt" or "dense" to force one.
-        on_unsupported: what to do where the wanted backend cannot run: "dense" announces it once
-            per layer and reason and counts it, "raise" raises NotSupportedError.
+        backend: "auto": sparse or plain where the tensors' device has sparse tensor cores, emulated
+            where it has none. "cusparselt": sparse also where that was measured slower. "dense":
+            emulated, pruned and multiplied densely, on any device.
+        on_unsupported: what to do where a product cannot run sparse: "plain" leaves its gradient
+            unpruned, as without this package, "emulate" prunes it and multiplies densely, "raise"
+            raises NotSupportedError. The first two say so once for each reason and count it.
         on_slower: what backend "auto" does where the sparse path was measured slower than dense:
-            "dense" leaves the gradient unpruned, so that no shape is slower than without this
-            package; "prune" prunes all the same, so that the numbers do not depend on the GPU.
-        tune: "ahead" uses the sparse path only for shapes that ``sdgp tune`` decided before,
-            "first_use" tunes a shape when it first occurs (seconds, once per GPU and version),
-            "never" times nothing and uses the library's default algorithm where it proves right.
+            "plain" leaves the gradient unpruned, so that no shape is slower than without this
+            package; "emulate" prunes all the same, so that the numbers do not depend on the GPU.
+        tune: how shapes get onto the sparse path, once per GPU and version. "auto" takes what was
+            decided before, and else tries a few algorithms when a shape first occurs (about 2 s a
+            shape, 60 s a process, nothing where the GPU's published speeds rule a gain out);
+            "first_use" tries all of them then, "ahead" only takes what ``sdgp tune`` decided
+            before, "never" times nothing and uses the library's default algorithm where it proves
+            right. What is not on the sparse path runs plain.
         check_every: compare a layer's sparse result with the dense one every so many calls; 0
             never does.
         telemetry_every: sample a layer's gradient error every so many calls; 0 never does. Only
@@ -62,9 +68,9 @@ class SDGPConfig:
     grad_weight: GradWeightMode = "dense"
     grad_weight_prune: PruneMethod = "mvue"
     backend: BackendName = "auto"
-    on_unsupported: OnUnsupported = "dense"
-    on_slower: OnSlower = "dense"
-    tune: TunePolicy = "ahead"
+    on_unsupported: OnUnsupported = "plain"
+    on_slower: OnSlower = "plain"
+    tune: TunePolicy = "auto"
     check_every: int = 0
     telemetry_every: int = 0
     schedule: Schedule | None = None

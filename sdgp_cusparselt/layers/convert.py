@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
@@ -16,6 +16,7 @@ from sdgp_cusparselt.layers.modules import (
     release_,
     sdgp_class_of,
 )
+from sdgp_cusparselt.layers.plain import reason_against_weight
 from sdgp_cusparselt.layers.presets import Preset, configs_of
 from sdgp_cusparselt.layers.report import ConversionReport, grouped
 from sdgp_cusparselt.layers.unsuitable import adapters, output_layers, why_other_kind
@@ -26,7 +27,7 @@ Configs = SDGPConfig | Mapping[str, SDGPConfig | None]
 
 #: Last names by which models call the layer that makes their outputs.
 HEAD_NAMES = ("head", "fc", "classifier", "lm_head", "score")
-#: A layer that reads this many channels or fewer reads an image: it needs no grad_input.
+#: A convolution that reads this many channels or fewer reads an image: it needs no grad_input.
 STEM_CHANNELS = 3
 
 
@@ -229,15 +230,19 @@ def _reason_against(
         return _why_not_convertible(module)
     if config is None:
         return "left dense by its name"
+    reason = reason_against_weight(_weight(module), config)
+    if reason is not None:
+        return reason
     if filter_fn is not None:
         return None if filter_fn(module, name) else "left out by filter_fn"
     if is_adapter:
         return "an adapter, as narrow as its rank: nothing to gain"
     if makes_outputs:
         return "makes the model's outputs; include_heads=True converts it"
-    reads, reduced = _channels(module)
-    if reads <= STEM_CHANNELS:
-        return f"reads {reads} channels, so it stands at the input and needs no grad_input"
+    reduced = _reduced(module)
+    if isinstance(module, nn.Conv2d) and module.in_channels <= STEM_CHANNELS:
+        what = f"reads {module.in_channels} channels"
+        return f"{what}, so it stands at the input and needs no grad_input"
     if config.prunes and reduced % config.m:
         return f"reduces over {reduced} outputs, no multiple of m = {config.m}"
     return None
@@ -265,15 +270,18 @@ def is_head(name: str) -> bool:
     return bool(parts) and (parts[-1] in HEAD_NAMES or parts[0] in HEAD_NAMES)
 
 
-def _channels(module: nn.Module) -> tuple[int, int]:
-    """Return (channels read, outputs that one product of grad_input reduces over)."""
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels, module.out_channels // module.groups
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+def _weight(module: nn.Module) -> Tensor:
+    """Return the weight as [out_features, in_features], or that of a convolution."""
     weight = module.weight
-    assert isinstance(weight, nn.Parameter)  # Conv1D is the only other kind
-    return weight.shape[0], weight.shape[1]
+    assert isinstance(weight, Tensor)  # of one of our kinds
+    return weight if isinstance(module, nn.Linear | nn.Conv2d) else weight.t()
+
+
+def _reduced(module: nn.Module) -> int:
+    """Return how many outputs one product of grad_input reduces over."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels // module.groups
+    return module.out_features if isinstance(module, nn.Linear) else _weight(module).shape[0]
 
 
 def _check_matches(report: ConversionReport, chosen: int, unused: set[str]) -> None:

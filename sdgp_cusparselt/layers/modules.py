@@ -4,14 +4,17 @@ A layer is converted by changing the class of the module object itself: paramete
 device, dtype, training flag and every reference to the module stay what they are.
 """
 
+import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
-from sdgp_cusparselt.errors import type_error
-from sdgp_cusparselt.layers import functional
+from sdgp_cusparselt.errors import SDGPError, type_error
+from sdgp_cusparselt.layers import casting, functional
+from sdgp_cusparselt.layers.autograd import pruned_linear
+from sdgp_cusparselt.layers.plain import linear_prunes, may_prune
 from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
 from sdgp_cusparselt.layers.schedule_state import ScheduleState
 from sdgp_cusparselt.recording.records import LayerRecord
@@ -24,6 +27,7 @@ _STATE = (
     "sdgp_record",
     "sdgp_dense_class",
 )
+_CONV1D = "TransformersConv1D"
 
 
 class SDGPModule(nn.Module):
@@ -57,7 +61,7 @@ class SDGPModule(nn.Module):
             TypeError: module is of another class, or config no SDGPConfig.
         """
         target = sdgp_class_of(module)
-        if target is not cls:
+        if target is None or not issubclass(cls, target):
             rule = f"a layer that {cls.__name__} replaces"
             fix = "Only exact classes are converted; a subclass may compute something else."
             raise type_error(f"{cls.__name__}.from_dense", "module", rule, type(module), fix)
@@ -70,10 +74,6 @@ class SDGPModule(nn.Module):
         twin: nn.Module = _twin(self)
         release_(twin)
         return twin
-
-    def sdgp_active(self) -> bool:
-        """Whether this forward needs the pruned backward at all."""
-        return self.sdgp_enabled and torch.is_grad_enabled()
 
     def sdgp_set_step(self, step: int) -> None:
         """Take the configuration that holds at a step of the schedule."""
@@ -94,11 +94,12 @@ class SDGPLinear(SDGPModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.T + bias: [..., in_features] -> [..., out_features]."""
-        if not self.sdgp_active():
+        if is_traced(input):
+            return _as_leaf(self, input)
+        config, record = self.sdgp_config, self.sdgp_record
+        if not self.sdgp_enabled or not linear_prunes(input, self.weight, config, record):
             return super().forward(input)
-        return functional.linear(
-            input, self.weight, self.bias, config=self.sdgp_config, record=self.sdgp_record
-        )
+        return pruned_linear(input, self.weight, self.bias, config, record)
 
 
 class SDGPConv2d(SDGPModule, nn.Conv2d):
@@ -106,7 +107,10 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
-        if not self.sdgp_active():
+        if is_traced(input):
+            return _as_leaf(self, input)
+        config, record = self.sdgp_config, self.sdgp_record
+        if not self.sdgp_enabled or not may_prune(input, self.weight, config, record):
             return super().forward(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -116,17 +120,19 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
             input,
             self.weight,
             self.bias,
-            self.stride,  # type: ignore[arg-type]
+            self.stride,
             padding,
-            self.dilation,  # type: ignore[arg-type]
+            self.dilation,
             self.groups,
-            config=self.sdgp_config,
-            record=self.sdgp_record,
+            config=config,
+            record=record,
         )
 
 
 class SDGPConv1D(SDGPModule):
     """Hugging Face's ``Conv1D`` (a linear layer with a transposed weight), pruned in backward.
+
+    What ``convert_`` makes is an instance of this class and of transformers' own.
 
     Attributes:
         weight: [in_features, out_features].
@@ -142,22 +148,50 @@ class SDGPConv1D(SDGPModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight + bias: [..., in_features] -> [..., out_features]."""
-        if not self.sdgp_active():
-            flat = input.view(-1, input.size(-1))
-            output = torch.addmm(self.bias, flat, self.weight)
-            return output.view(*input.shape[:-1], self.nf)
-        return functional.linear(
-            input, self.weight.t(), self.bias, config=self.sdgp_config, record=self.sdgp_record
-        )
+        if is_traced(input):
+            return _as_leaf(self, input)
+        weight, config, record = self.weight.t(), self.sdgp_config, self.sdgp_record
+        if not self.sdgp_enabled or not linear_prunes(input, weight, config, record):
+            output: Tensor = super().forward(input)
+            return output
+        dtype = casting.autocast_dtype(input)
+        if dtype is not None:  # the Parameter itself is cast: no copy is kept of a view
+            weight = casting.cast(self.weight, dtype).t()
+        return pruned_linear(input, weight, self.bias, config, record)
+
+    def __repr__(self) -> str:
+        """Return name, sizes and the active pruning."""
+        return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
         """Return sizes and the active pruning."""
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
 
 
+def is_traced(input: object) -> bool:
+    """Whether this is no tensor, but stands for one while ``torch.fx`` traces the model."""
+    return isinstance(input, Proxy)
+
+
+def _as_leaf(module: nn.Module, input: Any) -> Tensor:
+    """Stay one node of a graph that ``torch.fx`` traces, as layers of torch.nn do."""
+    tracer: Any = input.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise SDGPError(
+            "SDGP: torch.fx cannot trace a pruned layer by itself: its pruning is no graph of "
+            "torch's operators. Trace the model around it, or call sdgp.revert_ first."
+        )
+    output: Tensor = tracer.create_proxy("call_module", path, (input,), {})
+    return output
+
+
 def sdgp_class_of(module: nn.Module) -> type[SDGPModule] | None:
     """Return the class that replaces ``module``'s, or None; subclasses are never replaced."""
-    kind = type(module)
+    return _replacing(type(module))
+
+
+def _replacing(kind: type) -> type[SDGPModule] | None:
     if kind is nn.Linear:
         return SDGPLinear
     if kind is nn.Conv2d:
@@ -166,6 +200,28 @@ def sdgp_class_of(module: nn.Module) -> type[SDGPModule] | None:
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return SDGPConv1D
     return None
+
+
+def _made_of(kind: type) -> type[SDGPModule] | None:
+    """Return the class that a layer of this dense class gets."""
+    target = _replacing(kind)
+    return _transformers_conv1d() if target is SDGPConv1D else target
+
+
+@functools.cache
+def _transformers_conv1d() -> type[SDGPConv1D]:
+    """Return the class of converted ``Conv1D`` layers, which is one of transformers', too."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = {"__module__": __name__, "__qualname__": _CONV1D, "__doc__": SDGPConv1D.__doc__}
+    return type(SDGPConv1D.__name__, (SDGPConv1D, Conv1D), names)
+
+
+def __getattr__(name: str) -> Any:
+    """Find that class by its name too, as unpickling a layer looks for it."""
+    if name == _CONV1D:
+        return _transformers_conv1d()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
@@ -179,7 +235,7 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
     Raises:
         TypeError: module is of another class, or config no SDGPConfig.
     """
-    target = sdgp_class_of(module)
+    target = _made_of(type(module))
     if target is None:
         rule = "an nn.Linear, nn.Conv2d or transformers Conv1D"
         raise type_error("adopt_", "module", rule, type(module), "Other layers stay dense.")
@@ -201,7 +257,7 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
 
 def check_releasable(function: str, module: nn.Module) -> None:
     """Raise TypeError unless module is of one of our own classes, and of no subclass."""
-    if type(module) not in (SDGPLinear, SDGPConv2d, SDGPConv1D):
+    if not isinstance(module, SDGPModule) or type(module) is not _made_of(module.sdgp_dense_class):
         rule = "an SDGP layer whose class nothing else changed since"
         fix = "Convert it first; where fully_shard wrapped the layer itself, revert_ before that."
         raise type_error(function, "module", rule, type(module).__name__, fix)

@@ -3,6 +3,7 @@
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout
 from sdgp_cusparselt.packing.pack import PackedGradient, matmul, pack, pack_gradient
 from sdgp_cusparselt.packing.packed import Packed24
+from sdgp_cusparselt.packing.prune import prune_dense
 
 __all__ = [
     "MetadataLayout",
@@ -12,4 +13,5 @@ __all__ = [
     "matmul",
     "pack",
     "pack_gradient",
+    "prune_dense",
 ]

@@ -5,6 +5,7 @@ is compiled into a kernel of its own, by whatever compiler this machine has; the
 is compared here, byte for byte, on an operand that is small and takes the same tile.
 """
 
+import math
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout, padded_shape
 from sdgp_cusparselt.packing.pack import kernel_obstacle, pack_gradient
 from sdgp_cusparselt.packing.trials import few_integers, normal, two_of_four
+from sdgp_cusparselt.recording.spans import is_capturing
 
 #: Rows and columns of the operand at most: a whole tile of every known layout and kernel.
 SIDE = 256
@@ -53,7 +55,7 @@ def packer_fault(
     shape, per_sample = _small(x, layouts, tokens_per_sample)
     key = (x.device, x.dtype, _covers(shape), per_sample, features, tokens, *layouts)
     if key not in _found:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(x.device):
             return NOT_YET
         fault = _compare(x, shape, per_sample, (features, tokens), layouts)
         with _lock:
@@ -85,11 +87,11 @@ def _compare(
     for name, method, ours, truth in zip(("features", "tokens"), methods, *both, strict=True):
         if ours is None or truth is None or torch.equal(ours.buffer, truth.buffer):
             continue
-        count = int((ours.buffer != truth.buffer).sum())
-        part = "values" if not torch.equal(ours.values, truth.values) else "metadata"
+        wrong = ours.buffer != truth.buffer
+        metadata = int(wrong[-ours.metadata.numel() :].sum())
         return (
             f"the kernel for {method} along {name} of {list(shape)} {x.dtype} differs from the "
-            f"reference in {count} bytes, {part} among them"
+            f"reference in {int(wrong.sum())} bytes, {metadata} of them metadata"
         )
     return None
 
@@ -99,7 +101,7 @@ def _operand(shape: tuple[int, int], methods: tuple[str | None, str | None], x: 
     generator = torch.Generator(x.device).manual_seed(1)
     rows, cols = shape
     if methods == ("none", "none"):
-        made = few_integers(rows, cols, 1.0, x.dtype, x.device, generator)
+        made = few_integers(rows, cols, x.dtype, x.device, generator)
         index = torch.arange(max(shape), device=x.device) % 4 < 2
         return made * index[:rows, None] * index[None, :cols]
     if methods[0] == "none":
@@ -127,13 +129,14 @@ def _small(
         if layout is not None:
             sides[turned] = max(sides[turned], layout.tile_rows)
             sides[1 - turned] = max(sides[1 - turned], 4 * layout.tile_groups)
-    shape = min(rows, sides[0]), min(cols, sides[1])
-    if tokens_per_sample is None or tokens_per_sample >= shape[0]:
-        return (shape, None) if _fit(shape, layouts, x) else ((rows, cols), None)
-    shape = shape[0] - shape[0] % tokens_per_sample, shape[1]
-    if _fit(shape, layouts, x):
-        return shape, tokens_per_sample
-    return (rows, cols), tokens_per_sample
+    per_sample = tokens_per_sample
+    if per_sample is None or per_sample >= min(rows, sides[0]):
+        heights, per_sample = [min(rows, sides[0]), rows], None
+    else:
+        whole = math.lcm(per_sample, sides[0])
+        heights = [sides[0] - sides[0] % per_sample, min(whole, rows), rows]
+    shapes = [(height, width) for width in (min(cols, sides[1]), cols) for height in heights]
+    return next((s for s in shapes if _fit(s, layouts, x)), (rows, cols)), per_sample
 
 
 def _fit(

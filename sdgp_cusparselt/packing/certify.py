@@ -23,8 +23,7 @@ from sdgp_cusparselt.packing.learn import Compress, learn
 from sdgp_cusparselt.packing.pack import pack_gradient
 from sdgp_cusparselt.packing.proofs import Certificate, Proofs
 from sdgp_cusparselt.packing.reading import reading_fault
-from sdgp_cusparselt.packing.trials import row_blocks, two_of_four, unpruned
-from sdgp_cusparselt.pruning import prune
+from sdgp_cusparselt.packing.trials import pruned_24, two_of_four, unpruned
 
 Pack = Callable[[Tensor, MetadataLayout], Iterable[Tensor]]
 #: (packed buffer, the operand in it) -> what is wrong with its product, or None.
@@ -142,7 +141,7 @@ def prove(
     left: list[MetadataLayout] | None = None
     difference = ""
     for name, x in unpruned(rows, cols, dtype, device):
-        pruned = _pruned(x)
+        pruned = pruned_24(x)
         truth = compress(pruned)
         if left is None:
             nbytes = truth.numel() - rows * cols // 2 * dtype.itemsize
@@ -192,15 +191,6 @@ def _product_fault(
     return check(next(iter(pack(left, layout))), left)
 
 
-def _pruned(x: Tensor) -> Tensor:
-    """Return x pruned 2:4 by magnitude; -0.0 becomes +0, as in every packer."""
-    pruned = torch.empty_like(x)
-    for part in row_blocks(*x.shape):
-        some = prune(x[part])
-        pruned[part] = some.masked_fill(some == 0, 0)
-    return pruned
-
-
 def _distinct(
     candidates: Iterable[MetadataLayout], rows: int, cols: int, nbytes: int
 ) -> list[MetadataLayout]:
@@ -208,7 +198,7 @@ def _distinct(
     found: list[MetadataLayout] = []
     for candidate in candidates:
         for layout in candidate.fitted(rows, cols, nbytes)[:1]:
-            if not any(layout.same_places(other, rows, cols) for other in found):
+            if not any(layout.reads_as(other, rows, cols) for other in found):
                 found.append(layout)
     return found
 

@@ -1,353 +1,291 @@
-"""The Triton kernels: one read of x, packed along features, along tokens, or both.
+"""The Triton kernels: one read of x, packed along features, along tokens, or both; or pruned.
 
-Everything in this module runs on the device; ``launch`` checks, allocates and starts it. Tiles
-are int16: a kept element is moved, never converted. ``reference`` is what each kernel must equal,
-bit for bit.
+Everything in this module runs on the device; ``launch`` allocates and starts it. ``reference`` is
+what each kernel must equal, bit for bit.
+
+x [M, K] is read as ``quads`` says. Widths are counted in octets of eight columns, 16 bytes, which
+every row's start is a multiple of: so no access is narrower for want of a promise.
 
 Names: an operand has rows and columns, two of every four neighbours of a row are kept. Along
 features the operand is x [M, K]; along tokens it is the transpose [K, M] of the same tile.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from sdgp_cusparselt.packing.selection import chosen, keep_two, narrow, split_groups, top_two, widen
+from sdgp_cusparselt.packing.halves import HIGH_HALVES, LOW_HALVES, floats_of, permute
+from sdgp_cusparselt.packing.metadata import stack_rows, store_metadata
+from sdgp_cusparselt.packing.quads import (
+    block_start,
+    choose_along_features,
+    choose_along_tokens,
+    draw_words,
+    load_row,
+    scale_along_features,
+    scale_along_tokens,
+    words_of_columns,
+)
+from sdgp_cusparselt.packing.selection import RANDOM, RESCALED, spread
+from sdgp_cusparselt.packing.sums import features_sums_kernel as features_sums_kernel
+from sdgp_cusparselt.packing.sums import tokens_sums_kernel as tokens_sums_kernel
 
-# How many ratios a tile needs: none, one per column, or one per element.
-NO_RATIO = tl.constexpr(0)
-RATIO_PER_COLUMN = tl.constexpr(1)
-RATIO_PER_ELEMENT = tl.constexpr(2)
-
-# (2, 3): the pair of a group without a non-zero, and what the library pads with.
-EMPTY_GROUP = tl.constexpr(0xE)
-
-
-@triton.jit
-def _address(index, step, RUNS: tl.constexpr, NUM_RUNS: tl.constexpr, TILE_BITS: tl.constexpr):
-    """Nibbles that an index contributes: runs of bits (shift, mask, stride), then whole tiles."""
-    total = (index >> TILE_BITS) * step
-    for run in tl.static_range(NUM_RUNS):
-        total += ((index >> RUNS[3 * run]) & RUNS[3 * run + 1]) * RUNS[3 * run + 2]
-    return total
-
-
-@triton.jit
-def _spread(count: tl.constexpr, BITS: tl.constexpr, NUM: tl.constexpr):
-    """0, 1, 2, ... with a zero inserted at each bit position of BITS (lowest first)."""
-    index = tl.arange(0, count)
-    for i in tl.static_range(NUM):
-        low = index & ((1 << BITS[i]) - 1)
-        index = (index - low) * 2 + low
-    return index
-
-
-@triton.jit
-def _place_in_word(BITS: tl.constexpr, TO: tl.constexpr, NUM: tl.constexpr, SIZE: tl.constexpr):
-    """The left shift, in bits, that brings each local index to its nibble of the word."""
-    index = tl.arange(0, SIZE)
-    shift = index * 0
-    for i in tl.static_range(NUM):
-        shift += ((index >> BITS[i]) & 1) << (TO[i] + 2)
-    return shift
+# The operand's rows and columns are multiples of 16 elements of 16 bits.
+MULTIPLE = tl.constexpr(16)
+# Types of each kernel's pointers, in order. Sizes, seed and offset follow, then constants.
+POINTERS = {
+    "pack_kernel": (torch.int32, torch.int32, torch.int32, *(torch.float32,) * 3, torch.int64),
+    "prune_kernel": (torch.int32, torch.int32, torch.float32, torch.int64),
+    "features_sums_kernel": (torch.int32, torch.float32, torch.float32),
+    "tokens_sums_kernel": (torch.int32, torch.float32, torch.float32),
+}
+# Never compiled for a value: one binary serves every shape.
+SIZES = ("num_rows", "num_octets", "row_octets", "rows_per_ratio", "features_tail", "tokens_tail")
+PRUNE_SIZES = ("num_rows", "num_octets", "row_octets", "rows_per_ratio")
+DRAWS = ("seed", "offset")
 
 
 @triton.jit
-def _store_metadata(
-    nibbles,
-    ptr,
-    row0,
-    group0,
-    num_rows,
-    num_groups,
-    row_step,
-    group_step,
-    LAYOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """Write nibbles [ROWS, GROUPS] at (row0, group0) in words as wide as the layout allows.
-
-    LAYOUT: row runs, their number, row tile bits, group runs, their number, group tile bits,
-    row bits that share a word, where in the word, their number, the same for groups, word bits.
-    """
-    R_RUNS: tl.constexpr = LAYOUT[0]
-    R_NUM: tl.constexpr = LAYOUT[1]
-    R_TILE: tl.constexpr = LAYOUT[2]
-    G_RUNS: tl.constexpr = LAYOUT[3]
-    G_NUM: tl.constexpr = LAYOUT[4]
-    G_TILE: tl.constexpr = LAYOUT[5]
-    R_BITS: tl.constexpr = LAYOUT[6]
-    R_TO: tl.constexpr = LAYOUT[7]
-    R_IN: tl.constexpr = LAYOUT[8]
-    G_BITS: tl.constexpr = LAYOUT[9]
-    G_TO: tl.constexpr = LAYOUT[10]
-    G_IN: tl.constexpr = LAYOUT[11]
-    WORD: tl.constexpr = LAYOUT[12]
-    row = _spread(ROWS >> R_IN, R_BITS, R_IN)
-    group = _spread(GROUPS >> G_IN, G_BITS, G_IN)
-    # Blocks start at multiples of their size, so an address is that of the start plus a local one.
-    start = _address(row0.to(tl.int64), row_step, R_RUNS, R_NUM, R_TILE)
-    start += _address(group0.to(tl.int64), group_step, G_RUNS, G_NUM, G_TILE)
-    row_address = _address(row, row_step, R_RUNS, R_NUM, R_TILE)
-    group_address = _address(group, group_step, G_RUNS, G_NUM, G_TILE)
-    local = row_address[:, None] + group_address[None, :]
-    inside = (row0 + row < num_rows)[:, None] & (group0 + group < num_groups)[None, :]
-    if WORD == 0:
-        # No address bit is at home in this block: the launch zeroed the words, and or is safe.
-        place = start + local
-        tl.atomic_or(ptr + (place >> 3), nibbles << ((place & 7) * 4).to(tl.int32), mask=inside)
-    else:
-        row_shift = _place_in_word(R_BITS, R_TO, R_IN, ROWS)
-        group_shift = _place_in_word(G_BITS, G_TO, G_IN, GROUPS)
-        word = nibbles << (row_shift[:, None] + group_shift[None, :])
-        # Lowest bit first: taking bit i out moves the next one down by one place.
-        for i in tl.static_range(G_IN):
-            halves = tl.reshape(word, (ROWS, GROUPS >> (1 + G_BITS[i]), 2, 1 << (G_BITS[i] - i)))
-            even, odd = tl.split(tl.permute(halves, (0, 1, 3, 2)))
-            word = tl.reshape(even | odd, (ROWS, GROUPS >> (i + 1)))
-        for i in tl.static_range(R_IN):
-            halves = tl.reshape(
-                word, (ROWS >> (1 + R_BITS[i]), 2, 1 << (R_BITS[i] - i), GROUPS >> G_IN)
-            )
-            even, odd = tl.split(tl.permute(halves, (0, 2, 3, 1)))
-            word = tl.reshape(even | odd, (ROWS >> (i + 1), GROUPS >> G_IN))
-        place = (start >> WORD) + (local >> WORD)
-        tl.store(ptr + place, word.to(ptr.dtype.element_ty), mask=inside)
+def _store_values(values, buffer_ptr, row, group0, num_rows, num_groups, GROUPS: tl.constexpr):
+    """Write values [rows, GROUPS], one word a group, into the padded operand."""
+    group = group0 + tl.arange(0, GROUPS)
+    inside = (row < num_rows)[:, None] & (group // 4 < num_groups // 4)[None, :]
+    start = row.to(tl.int64) * num_groups
+    tl.store(buffer_ptr + start[:, None] + group[None, :], values, mask=inside)
 
 
-@triton.jit
-def _pack_direction(
-    tile,
-    scaled,
-    seeds_ptr,
-    row0,
-    col0,
-    values_ptr,
-    metadata_ptr,
-    padded_rows,
-    padded_cols,
-    meta_rows,
-    meta_groups,
-    row_step,
-    group_step,
-    STREAM: tl.constexpr,
-    METHOD: tl.constexpr,
-    DTYPE: tl.constexpr,
-    NATIVE: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    PADDING: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Prune and pack one tile of an operand that starts at (row0, col0)."""
-    GROUPS: tl.constexpr = COLS // 4
-    group0 = col0 // 4
-    x0, x1, x2, x3 = chosen(
-        tile,
-        scaled,
-        seeds_ptr,
-        row0,
-        group0,
-        padded_cols // 16,
-        STREAM,
-        METHOD,
-        DTYPE,
-        NATIVE,
-        ROWS,
-        COLS,
-    )
-    first, second, nibbles = top_two(x0, x1, x2, x3)
-    if PADDING != EMPTY_GROUP:
-        row = row0 + tl.arange(0, ROWS)
-        group = group0 + tl.arange(0, GROUPS)
-        exists = (row < padded_rows)[:, None] & (group < padded_cols // 4)[None, :]
-        nibbles = tl.where(exists, nibbles, PADDING)
-    values = tl.reshape(tl.join(first, second), (ROWS, COLS // 2))
-    row = row0 + tl.arange(0, ROWS)
-    col = col0 // 2 + tl.arange(0, COLS // 2)
-    place = values_ptr + row.to(tl.int64)[:, None] * (padded_cols // 2) + col[None, :]
-    tl.store(place, values, mask=(row < padded_rows)[:, None] & (col < padded_cols // 2)[None, :])
-    _store_metadata(
-        nibbles,
-        metadata_ptr,
-        row0,
-        group0,
-        meta_rows,
-        meta_groups,
-        row_step,
-        group_step,
-        LAYOUT,
-        ROWS,
-        GROUPS,
-    )
-
-
-@triton.jit
+@triton.jit(do_not_specialize=(*SIZES, *DRAWS))
 def pack_kernel(
     x_ptr,
-    row_stride,
-    num_rows,
-    num_cols,
-    seeds_ptr,
-    ratio_ptr,
-    ratio_row_stride,
-    ratio_col_stride,
-    rows_per_ratio,
-    values_ptr,
-    metadata_ptr,
-    padded_rows,
-    padded_cols,
-    meta_rows,
-    meta_groups,
-    row_step,
-    group_step,
-    values_t_ptr,
-    metadata_t_ptr,
-    meta_rows_t,
-    meta_groups_t,
-    row_step_t,
-    group_step_t,
+    features_ptr,
+    tokens_ptr,
+    features_ratio_ptr,
+    tokens_ratio_ptr,
     sums_ptr,
-    COL_BLOCKS,
-    METHOD: tl.constexpr,
-    METHOD_T: tl.constexpr,
-    RATIO: tl.constexpr,
+    seeds_ptr,
+    num_rows,
+    num_octets,
+    row_octets,
+    rows_per_ratio,
+    features_tail,
+    tokens_tail,
+    seed,
+    offset,
     FEATURES: tl.constexpr,
     TOKENS: tl.constexpr,
+    N: tl.constexpr,
+    RATIO: tl.constexpr,
     SUMS: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
     DTYPE: tl.constexpr,
     NATIVE: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    LAYOUT_T: tl.constexpr,
-    PADDING: tl.constexpr,
-    PADDING_T: tl.constexpr,
+    FEATURES_LAYOUT: tl.constexpr,
+    TOKENS_LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Read x [M, K] once; write what FEATURES, TOKENS and SUMS ask for."""
-    block = tl.program_id(0)
-    row_block, col_block = block // COL_BLOCKS, block % COL_BLOCKS
-    row0, col0 = row_block * BLOCK_M, col_block * BLOCK_K
-    row = row0 + tl.arange(0, BLOCK_M)
-    col = col0 + tl.arange(0, BLOCK_K)
-    inside = (row < num_rows)[:, None] & (col < num_cols)[None, :]
-    place = x_ptr + row.to(tl.int64)[:, None] * row_stride + col[None, :]
-    tile = tl.load(place, mask=inside, other=0)  # [BLOCK_M, BLOCK_K]
-    if SUMS:
-        total = tl.sum(widen(tile, DTYPE), 0)
-        sums_place = sums_ptr + row_block.to(tl.int64) * num_cols + col
-        tl.store(sums_place, total, mask=col < num_cols)
-    scaled = tile
-    if RATIO != NO_RATIO:
-        if RATIO == RATIO_PER_COLUMN:
-            sample = (row0 // rows_per_ratio).to(tl.int64) * ratio_row_stride
-            ratio_place = ratio_ptr + sample + col.to(tl.int64) * ratio_col_stride
-            ratio = tl.load(ratio_place, mask=col < num_cols, other=1.0)[None, :]
-        else:
-            sample = (row // rows_per_ratio).to(tl.int64)[:, None] * ratio_row_stride
-            ratio_place = ratio_ptr + sample + col.to(tl.int64)[None, :] * ratio_col_stride
-            ratio = tl.load(ratio_place, mask=inside, other=1.0)
-        wide = widen(tile, DTYPE)
-        product = narrow(wide * ratio, DTYPE, NATIVE)
-        scaled = tl.where(tl.abs(wide) < float("inf"), product, tile)
-    if FEATURES:
-        _pack_direction(
-            tile,
-            scaled,
-            seeds_ptr,
-            row0,
-            col0,
-            values_ptr,
-            metadata_ptr,
-            padded_rows,
-            padded_cols,
-            meta_rows,
-            meta_groups,
-            row_step,
-            group_step,
-            0,
-            METHOD,
-            DTYPE,
-            NATIVE,
-            LAYOUT,
-            PADDING,
-            BLOCK_M,
-            BLOCK_K,
-        )
-    if TOKENS:
-        _pack_direction(
-            tl.trans(tile),
-            tl.trans(scaled),
-            seeds_ptr,
-            col0,
-            row0,
-            values_t_ptr,
-            metadata_t_ptr,
-            padded_cols,
-            padded_rows,
-            meta_rows_t,
-            meta_groups_t,
-            row_step_t,
-            group_step_t,
-            1,
-            METHOD_T,
-            DTYPE,
-            NATIVE,
-            LAYOUT_T,
-            PADDING_T,
-            BLOCK_K,
-            BLOCK_M,
-        )
+    """Read x [M, K] once; write what FEATURES, TOKENS and SUMS ask for.
 
-
-@triton.jit
-def _magnitude_mask(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where magnitude pruning along columns keeps an element of [ROWS, COLS]."""
-    x0, x1, x2, x3 = split_groups(tile & 0x7FFF, ROWS, COLS)
-    keep0, keep1, keep2, keep3 = keep_two(x0, x1, x2, x3)
-    low = tl.join(keep0.to(tl.int16), keep2.to(tl.int16))
-    high = tl.join(keep1.to(tl.int16), keep3.to(tl.int16))
-    return tl.reshape(tl.join(low, high), (ROWS, COLS)) != 0
-
-
-@triton.jit
-def abs_sums_kernel(
-    x_ptr,
-    row_stride,
-    rows_per_sample,
-    num_cols,
-    all_ptr,
-    kept_ptr,
-    sums_stride,
-    ROW_BLOCKS,
-    COL_BLOCKS,
-    TOKENS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Partial sums of |x| and of the |x| that magnitude keeps, per column of the operand.
-
-    Along features: one row of sums per block of rows, and a block never straddles two samples.
-    Along tokens: one row of sums per block of columns, an entry per row of x.
+    Args:
+        x_ptr: int32 words of x, rows 16 * row_octets bytes apart.
+        features_ptr, tokens_ptr: int32, the buffers to fill: values, then metadata.
+        features_ratio_ptr: float32 [samples, 8 * num_octets]; a sample is rows_per_ratio rows.
+        tokens_ratio_ptr: float32 [num_rows].
+        sums_ptr: float32 [row blocks, 8 * num_octets], sums over each block of rows.
+        seeds_ptr: int64 [2], a seed and an offset to add, where IN_MEMORY; else not followed.
+        features_tail, tokens_tail: see ``metadata.store_metadata``.
+        FEATURES, TOKENS: the method of each direction, or 0.
+        N: values kept of four; 1 leaves the second one of the format at zero.
     """
-    block = tl.program_id(0)
-    row_block, col_block = block // COL_BLOCKS, block % COL_BLOCKS
-    sample, part = row_block // ROW_BLOCKS, row_block % ROW_BLOCKS
-    local = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = sample.to(tl.int64) * rows_per_sample + local
-    col = col_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (local < rows_per_sample)[:, None] & (col < num_cols)[None, :]
-    tile = tl.load(x_ptr + row[:, None] * row_stride + col[None, :], mask=inside, other=0)
-    size = tl.abs(widen(tile, DTYPE))
-    if TOKENS:
-        keep = _magnitude_mask(tl.trans(tile), BLOCK_K, BLOCK_M)
-        size = tl.trans(size)
-        place = col_block.to(tl.int64) * sums_stride + row
-        mask = local < rows_per_sample
+    row0, col0 = block_start(BLOCK_M, BLOCK_K)
+    R: tl.constexpr = BLOCK_M // 4
+    PAIRS: tl.constexpr = BLOCK_K // 2
+    row = row0 + 4 * tl.arange(0, R)
+    pair = col0 // 2 + tl.arange(0, PAIRS)
+    x0 = load_row(x_ptr, row, pair, row_octets, num_rows, num_octets)
+    x1 = load_row(x_ptr, row + 1, pair, row_octets, num_rows, num_octets)
+    x2 = load_row(x_ptr, row + 2, pair, row_octets, num_rows, num_octets)
+    x3 = load_row(x_ptr, row + 3, pair, row_octets, num_rows, num_octets)
+    padded_rows = (num_rows + (MULTIPLE - 1)) // MULTIPLE * MULTIPLE
+    padded_cols = (num_octets + 1) // 2 * MULTIPLE
+    quad = row0 // 4 + tl.arange(0, R)
+    octet = col0 // 8 + tl.arange(0, BLOCK_K // 8)
+    if SUMS:
+        _store_sums(x0, x1, x2, x3, sums_ptr, row0 // BLOCK_M, col0, num_octets, DTYPE, BLOCK_K)
+    if FEATURES != 0:
+        y0, y1, y2, y3 = x0, x1, x2, x3
+        if FEATURES == RESCALED:
+            y0, y1, y2, y3 = scale_along_features(
+                x0, x1, x2, x3, features_ratio_ptr, row, row0, col0, num_rows, num_octets,
+                rows_per_ratio, RATIO, DTYPE, NATIVE, BLOCK_K,
+            )  # fmt: skip
+        w0, w1, w2, w3 = quad, quad, quad, quad
+        if FEATURES >= RANDOM:
+            w0, w1, w2, w3 = draw_words(seeds_ptr, seed, offset, quad, octet, 0, IN_MEMORY)
+        GROUPS: tl.constexpr = BLOCK_K // 4
+        groups = padded_cols // 4
+        v0, s0 = choose_along_features(x0, y0, w0, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
+        _store_values(v0, features_ptr, row, col0 // 4, padded_rows, groups, GROUPS)
+        v1, s1 = choose_along_features(x1, y1, w1, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
+        _store_values(v1, features_ptr, row + 1, col0 // 4, padded_rows, groups, GROUPS)
+        v2, s2 = choose_along_features(x2, y2, w2, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
+        _store_values(v2, features_ptr, row + 2, col0 // 4, padded_rows, groups, GROUPS)
+        v3, s3 = choose_along_features(x3, y3, w3, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
+        _store_values(v3, features_ptr, row + 3, col0 // 4, padded_rows, groups, GROUPS)
+        store_metadata(
+            stack_rows(s0, s1, s2, s3, NATIVE), features_ptr, row0, col0 // 4,
+            padded_rows, groups, features_tail, FEATURES == RANDOM, FEATURES_LAYOUT,
+            BLOCK_M, GROUPS, NATIVE,
+        )  # fmt: skip
+    if TOKENS != 0:
+        z0, z1, z2, z3 = x0, x1, x2, x3
+        if TOKENS == RESCALED:
+            z0, z1, z2, z3 = scale_along_tokens(
+                x0, x1, x2, x3, tokens_ratio_ptr, row, num_rows, DTYPE, NATIVE
+            )
+        t0, t1, t2, t3 = quad, quad, quad, quad
+        if TOKENS >= RANDOM:
+            t0, t1, t2, t3 = draw_words(seeds_ptr, seed, offset, quad, octet, 1, IN_MEMORY)
+        even_word, odd_word = words_of_columns(t0, t1, t2, t3, TOKENS, NATIVE, R, BLOCK_K // 8)
+        even, even_selector = choose_along_tokens(
+            x0, x1, x2, x3, z0, z1, z2, z3, even_word, LOW_HALVES, TOKENS, N, DTYPE, NATIVE
+        )
+        odd, odd_selector = choose_along_tokens(
+            x0, x1, x2, x3, z0, z1, z2, z3, odd_word, HIGH_HALVES, TOKENS, N, DTYPE, NATIVE
+        )
+        values = tl.trans(tl.reshape(tl.join(even, odd), (R, BLOCK_K)))
+        col = col0 + tl.arange(0, BLOCK_K)
+        _store_values(values, tokens_ptr, col, row0 // 4, padded_cols, padded_rows // 4, R)
+        c0, c2 = tl.split(tl.reshape(even_selector, (R, BLOCK_K // 4, 2)))
+        c1, c3 = tl.split(tl.reshape(odd_selector, (R, BLOCK_K // 4, 2)))
+        store_metadata(
+            tl.trans(stack_rows(c0, c1, c2, c3, NATIVE)), tokens_ptr, col0, row0 // 4,
+            padded_cols, padded_rows // 4, tokens_tail, TOKENS == RANDOM, TOKENS_LAYOUT,
+            BLOCK_K, R, NATIVE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_sums(
+    x0, x1, x2, x3, sums_ptr, row_block, col0, num_octets,
+    DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums of the block's rows, per column."""
+    low0, high0 = floats_of(x0, DTYPE)
+    low1, high1 = floats_of(x1, DTYPE)
+    low2, high2 = floats_of(x2, DTYPE)
+    low3, high3 = floats_of(x3, DTYPE)
+    low = tl.sum((low0 + low1) + (low2 + low3), 0)
+    high = tl.sum((high0 + high1) + (high2 + high3), 0)
+    col = col0 + tl.arange(0, BLOCK_K)
+    place = sums_ptr + row_block.to(tl.int64) * (num_octets.to(tl.int64) * 8) + col
+    tl.store(place, tl.reshape(tl.join(low, high), (BLOCK_K,)), mask=col // 8 < num_octets)
+
+
+@triton.jit
+def _store_words(words, out_ptr, row, pair, num_rows, num_octets):
+    """Write rows of words [rows, pairs] of the result."""
+    start = row.to(tl.int64) * (num_octets * 4)
+    inside = (row < num_rows)[:, None] & (pair // 4 < num_octets)[None, :]
+    tl.store(out_ptr + start[:, None] + pair[None, :], words, mask=inside)
+
+
+@triton.jit
+def _prune_row(
+    x, scaled, word, METHOD: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
+    NATIVE: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows of words [R, BLOCK_K / 2], pruned along features."""
+    GROUPS: tl.constexpr = BLOCK_K // 4
+    values, selector = choose_along_features(x, scaled, word, METHOD, N, DTYPE, NATIVE, R, GROUPS)
+    low, high = spread(values, selector, NATIVE)
+    return tl.reshape(tl.join(low, high), (R, BLOCK_K // 2))
+
+
+@triton.jit(do_not_specialize=(*PRUNE_SIZES, *DRAWS))
+def prune_kernel(
+    x_ptr,
+    out_ptr,
+    ratio_ptr,
+    seeds_ptr,
+    num_rows,
+    num_octets,
+    row_octets,
+    rows_per_ratio,
+    seed,
+    offset,
+    METHOD: tl.constexpr,
+    ALONG_TOKENS: tl.constexpr,
+    N: tl.constexpr,
+    RATIO: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Read x [M, K] once; write it pruned, the bits that pack_kernel would keep in their places.
+
+    Args:
+        x_ptr: int32 words of x, rows 16 * row_octets bytes apart.
+        out_ptr: int32 words of the result, rows 16 * num_octets bytes apart.
+        ratio_ptr: float32, as ``pack_kernel``'s of the same direction.
+        seeds_ptr: see ``pack_kernel``.
+    """
+    row0, col0 = block_start(BLOCK_M, BLOCK_K)
+    R: tl.constexpr = BLOCK_M // 4
+    row = row0 + 4 * tl.arange(0, R)
+    pair = col0 // 2 + tl.arange(0, BLOCK_K // 2)
+    x0 = load_row(x_ptr, row, pair, row_octets, num_rows, num_octets)
+    x1 = load_row(x_ptr, row + 1, pair, row_octets, num_rows, num_octets)
+    x2 = load_row(x_ptr, row + 2, pair, row_octets, num_rows, num_octets)
+    x3 = load_row(x_ptr, row + 3, pair, row_octets, num_rows, num_octets)
+    quad = row0 // 4 + tl.arange(0, R)
+    octet = col0 // 8 + tl.arange(0, BLOCK_K // 8)
+    w0, w1, w2, w3 = quad, quad, quad, quad
+    if METHOD >= RANDOM:
+        w0, w1, w2, w3 = draw_words(
+            seeds_ptr, seed, offset, quad, octet, 1 if ALONG_TOKENS else 0, IN_MEMORY
+        )
+    y0, y1, y2, y3 = x0, x1, x2, x3
+    if METHOD == RESCALED:
+        if ALONG_TOKENS:
+            y0, y1, y2, y3 = scale_along_tokens(
+                x0, x1, x2, x3, ratio_ptr, row, num_rows, DTYPE, NATIVE
+            )
+        else:
+            y0, y1, y2, y3 = scale_along_features(
+                x0, x1, x2, x3, ratio_ptr, row, row0, col0, num_rows, num_octets,
+                rows_per_ratio, RATIO, DTYPE, NATIVE, BLOCK_K,
+            )  # fmt: skip
+    if ALONG_TOKENS:
+        even_word, odd_word = words_of_columns(w0, w1, w2, w3, METHOD, NATIVE, R, BLOCK_K // 8)
+        values, selector = choose_along_tokens(
+            x0, x1, x2, x3, y0, y1, y2, y3, even_word, LOW_HALVES, METHOD, N, DTYPE, NATIVE
+        )
+        even01, even23 = spread(values, selector, NATIVE)
+        values, selector = choose_along_tokens(
+            x0, x1, x2, x3, y0, y1, y2, y3, odd_word, HIGH_HALVES, METHOD, N, DTYPE, NATIVE
+        )
+        odd01, odd23 = spread(values, selector, NATIVE)
+        z0, z1 = (
+            permute(even01, odd01, LOW_HALVES, NATIVE),
+            permute(even01, odd01, HIGH_HALVES, NATIVE),
+        )
+        z2, z3 = (
+            permute(even23, odd23, LOW_HALVES, NATIVE),
+            permute(even23, odd23, HIGH_HALVES, NATIVE),
+        )
+        _store_words(z0, out_ptr, row, pair, num_rows, num_octets)
+        _store_words(z1, out_ptr, row + 1, pair, num_rows, num_octets)
+        _store_words(z2, out_ptr, row + 2, pair, num_rows, num_octets)
+        _store_words(z3, out_ptr, row + 3, pair, num_rows, num_octets)
     else:
-        keep = _magnitude_mask(tile, BLOCK_M, BLOCK_K)
-        place = row_block.to(tl.int64) * sums_stride + col
-        mask = col < num_cols
-    tl.store(all_ptr + place, tl.sum(size, 0), mask=mask)
-    tl.store(kept_ptr + place, tl.sum(tl.where(keep, size, 0.0), 0), mask=mask)
+        z0 = _prune_row(x0, y0, w0, METHOD, N, DTYPE, NATIVE, R, BLOCK_K)
+        _store_words(z0, out_ptr, row, pair, num_rows, num_octets)
+        z1 = _prune_row(x1, y1, w1, METHOD, N, DTYPE, NATIVE, R, BLOCK_K)
+        _store_words(z1, out_ptr, row + 1, pair, num_rows, num_octets)
+        z2 = _prune_row(x2, y2, w2, METHOD, N, DTYPE, NATIVE, R, BLOCK_K)
+        _store_words(z2, out_ptr, row + 2, pair, num_rows, num_octets)
+        z3 = _prune_row(x3, y3, w3, METHOD, N, DTYPE, NATIVE, R, BLOCK_K)
+        _store_words(z3, out_ptr, row + 3, pair, num_rows, num_octets)

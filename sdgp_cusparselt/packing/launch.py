@@ -1,4 +1,4 @@
-"""Start the pack kernels: tile sizes, grids, and a layout as the compile-time table they read.
+"""Start the pack kernels: resolved once into a prepared call, then as cheap as a launch can be.
 
 Nothing here decides or checks for the user: ``pack`` does, and calls this with arguments that
 are known to be right.
@@ -6,9 +6,12 @@ are known to be right.
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,32 +19,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.config.patterns import STOCHASTIC
+from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
-from sdgp_cusparselt.packing.packed import Packed24
+from sdgp_cusparselt.packing.packed import buffer_nbytes
+from sdgp_cusparselt.packing.variants import (
+    KERNEL_DTYPES as KERNEL_DTYPES,
+)
+from sdgp_cusparselt.packing.variants import (
+    NO_RATIO,
+    RATIO_PER_BLOCK,
+    RATIO_PER_ROW,
+    PackVariant,
+    PruneVariant,
+    SumsVariant,
+    Target,
+    choose_tile,
+)
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-# Bits of an address that lie inside one word: 32-bit stores, eight nibbles, are the widest.
-MAX_WORD_BITS = 3
-# Blocks must divide the operand's multiple of 16 in both directions, for the Philox counters.
-MIN_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Block sizes in tokens and features, and warps, of one launch."""
-
-    block_m: int
-    block_k: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One operand to write: where, by which method, and whether it is the transpose of x."""
-
-    packed: Packed24
-    method: str
-    transposed: bool
+# Programs along the second and third axis of a grid.
+_MAX_GRID = 65535
+# Columns of an octet; its 16 bytes are what every row's start is a multiple of.
+OCTET = 8
+# The fewest bytes of a metadata region's tail that a program pads.
+_MIN_SHARE = 64
+# Of every compilation: the reference rounds after every operation, and so must the kernel.
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 
 @functools.cache
@@ -60,283 +63,426 @@ def interpreted() -> bool:
     return module is not None and type(module.pack_kernel).__name__ == "InterpretedFunction"
 
 
-def choose_tile(num_rows: int, num_cols: int, both: bool, heavy: bool) -> Tile:
-    """Return block sizes: wide rows for one direction, nearly square for both.
-
-    heavy methods (mvue, random) hold a dozen more registers per group and get smaller blocks.
-    """
-    block_m, block_k, num_warps = (64, 64, 4) if both else (32, 128, 4)
-    if heavy:
-        block_m //= 2
-    return Tile(
-        min(block_m, _cover(num_rows, block_m)), min(block_k, _cover(num_cols, block_k)), num_warps
+def is_aligned(x: Tensor) -> bool:
+    """Whether the kernels can read x as it is: rows of whole octets, adjacent columns."""
+    return (
+        x.stride(1) == 1
+        and x.shape[1] % OCTET == 0
+        and x.stride(0) % OCTET == 0
+        and x.data_ptr() % (OCTET * x.element_size()) == 0
     )
 
 
-def word_bits(layout: MetadataLayout, row_bits: int, group_bits: int, nbytes: int) -> int:
-    """Return how many low address bits come from a block of 2**row_bits x 2**group_bits groups.
-
-    0 means that not even the two nibbles of a byte do, so that stores would race.
-    """
-    bits = 0
-    limits = {"row": row_bits, "group": group_bits}
-    for kind, bit in layout.bit_sources()[:MAX_WORD_BITS]:
-        if bit >= limits[kind]:
-            break
-        bits += 1
-    while bits > 1 and nbytes % (1 << bits >> 1):
-        bits -= 1
-    return bits
-
-
-@functools.lru_cache(maxsize=256)
-def layout_table(
-    layout: MetadataLayout, rows: int, groups: int, nbytes: int
-) -> tuple[tuple[Any, ...], int]:
-    """Return the compile-time tuple that ``kernels._store_metadata`` reads, and its word bits.
-
-    Args:
-        layout: the order to write.
-        rows: rows of a block, a power of two.
-        groups: groups per row of a block, a power of two.
-        nbytes: bytes of the metadata region.
-    """
-    width = word_bits(layout, rows.bit_length() - 1, groups.bit_length() - 1, nbytes)
-    sources = layout.bit_sources()[:width]
-    table: list[Any] = []
-    for strides in (layout.row_strides, layout.group_strides):
-        runs = _runs(strides)
-        table += [runs or (0, 0, 0), len(runs) // 3, len(strides)]
-    for kind in ("row", "group"):
-        shared = sorted((bit, to) for to, (where, bit) in enumerate(sources) if where == kind)
-        table += [
-            tuple(bit for bit, _ in shared) or (0,),
-            tuple(to for _, to in shared) or (0,),
-            len(shared),
-        ]
-    return (*table, width), width
-
-
-def launch_pack(
-    x: Tensor,
-    wanted: Sequence[Direction],
-    *,
-    ratio: Tensor | None = None,
-    rows_per_ratio: int = 1,
-    seeds: Tensor | None = None,
-    column_sums: bool = False,
-) -> Tensor | None:
-    """Write every direction asked for from one read of x.
-
-    Args:
-        x: [M, K] float16|bfloat16, columns adjacent in memory.
-        wanted: the operand x, the operand x.T, or one of each.
-        ratio: float32 [samples or 1 or M, K or 1], for rescaled_magnitude.
-        rows_per_ratio: rows of x that share a row of ratio.
-        seeds: int64 [2], for random and mvue.
-        column_sums: whether to return the sums of x over blocks of rows.
-
-    Returns:
-        float32 [row blocks, K] if column_sums, else None.
-    """
-    module = kernels()
-    if module is None:
-        raise ModuleNotFoundError("launch_pack: needs triton. Install it, or use the reference.")
-    features = next((direction for direction in wanted if not direction.transposed), None)
-    tokens = next((direction for direction in wanted if direction.transposed), None)
-    num_rows, num_cols = x.shape
-    heavy = any(direction.method in ("random", "mvue") for direction in wanted)
-    covered_m, covered_k = _covered(x, features, tokens)
-    tile = choose_tile(covered_m, covered_k, len(wanted) == 2, heavy)
-    row_blocks, col_blocks = -(-covered_m // tile.block_m), -(-covered_k // tile.block_k)
-    sums = x.new_empty((row_blocks, num_cols), dtype=torch.float32) if column_sums else None
-    ratio_kind, ratio_strides = _ratio_kind(ratio, rows_per_ratio, num_rows, tile)
-    bits = x.view(torch.int16)
-    spare = bits  # a pointer that the kernel never follows
-    ordinary = _direction_arguments(features, spare, tile.block_m, tile.block_k)
-    transposed = _direction_arguments(tokens, spare, tile.block_k, tile.block_m)
-    padded = padded_shape(num_rows, num_cols, x.dtype)
-    grid = (row_blocks * col_blocks,)
-    module.pack_kernel[grid](
-        bits,
-        x.stride(0),
-        num_rows,
-        num_cols,
-        spare if seeds is None else seeds,
-        spare if ratio is None else ratio,
-        *ratio_strides,
-        rows_per_ratio,
-        *ordinary.pointers,
-        *padded,
-        *ordinary.sizes,
-        *transposed.pointers,
-        *transposed.sizes,
-        spare if sums is None else sums,
-        col_blocks,
-        METHOD=_method_code(features),
-        METHOD_T=_method_code(tokens),
-        RATIO=ratio_kind,
-        FEATURES=features is not None,
-        TOKENS=tokens is not None,
-        SUMS=column_sums,
-        DTYPE=_triton_dtype(x.dtype),
-        NATIVE=not interpreted(),
-        LAYOUT=ordinary.table,
-        LAYOUT_T=transposed.table,
-        PADDING=ordinary.padding,
-        PADDING_T=transposed.padding,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        # The reference rounds after every operation, and so must the kernel.
-        enable_fp_fusion=False,
-    )
-    return sums
-
-
-def launch_abs_sums(x: Tensor, transpose: bool, rows_per_sample: int) -> tuple[Tensor, Tensor]:
-    """Return sums of |x| and of the |x| that magnitude keeps, per column of the operand.
-
-    Args:
-        x: [M, K] float16|bfloat16, columns adjacent in memory.
-        transpose: prune along tokens and sum over features; else along features over tokens.
-        rows_per_sample: rows of x that are summed together; M when transposed.
-
-    Returns:
-        two float32 [samples, K], or [1, M] when transposed.
-    """
-    module = kernels()
-    if module is None:
-        raise ModuleNotFoundError("launch_abs_sums: needs triton. Install it first.")
-    num_rows, num_cols = x.shape
-    tile = choose_tile(rows_per_sample, num_cols, transpose, False)
-    samples = num_rows // rows_per_sample
-    row_blocks = -(-rows_per_sample // tile.block_m)
-    col_blocks = -(-num_cols // tile.block_k)
-    shape = (col_blocks, num_rows) if transpose else (samples * row_blocks, num_cols)
-    total, kept = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    module.abs_sums_kernel[(samples * row_blocks * col_blocks,)](
-        x.view(torch.int16),
-        x.stride(0),
-        rows_per_sample,
-        num_cols,
-        total,
-        kept,
-        shape[1],
-        row_blocks,
-        col_blocks,
-        TOKENS=transpose,
-        DTYPE=_triton_dtype(x.dtype),
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-    )
-    if transpose:
-        return total.sum(0, keepdim=True), kept.sum(0, keepdim=True)
-    parts = (samples, row_blocks, num_cols)
-    return total.view(parts).sum(1), kept.view(parts).sum(1)
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or one copy of it with zeros up to whole octets, that the kernels can read."""
+    if is_aligned(x):
+        return x
+    rows, cols = x.shape
+    width = -(-cols // OCTET) * OCTET
+    copy = x.new_empty((rows, width))
+    copy[:, :cols] = x
+    copy[:, cols:].zero_()
+    return copy
 
 
 @dataclass(frozen=True)
-class _Arguments:
-    pointers: tuple[Tensor, Tensor]
-    sizes: tuple[int, int, int, int]
-    table: tuple[Any, ...]
-    padding: int
+class PreparedPack:
+    """One way of packing one shape, resolved: a compiled kernel, its grid and its sizes.
+
+    Attributes:
+        width: columns of the x that is read: K rounded up to an octet.
+        sums_shape: float32 [row blocks, width] of the partial column sums, or None.
+        features_nbytes: bytes of the operand along features, 0 if there is none.
+        tokens_nbytes: bytes of the operand along tokens, likewise.
+        draws: whether seed and offset matter.
+        seeds_in_memory: whether they are read from ``seeds`` on the device.
+    """
+
+    width: int
+    sums_shape: tuple[int, int] | None
+    features_nbytes: int
+    tokens_nbytes: int
+    draws: bool
+    seeds_in_memory: bool
+    _start: Callable[..., None]
+
+    def __call__(
+        self,
+        x: int,
+        features: int,
+        tokens: int,
+        seed: int,
+        offset: int,
+        stream: int,
+        *,
+        seeds: int = 0,
+        features_ratio: int = 0,
+        tokens_ratio: int = 0,
+        sums: int = 0,
+    ) -> None:
+        """Pack on a stream of the device that this was prepared for, which must be current.
+
+        Args:
+            x: address of x, a multiple of 16; its shape and strides are those prepared for.
+            features: address of the buffer to fill along features; 0 if there is none.
+            tokens: address of the buffer to fill along tokens; 0 if there is none.
+            seed: int64, for random and mvue.
+            offset: int64; a seed and an offset give the same draws for ever. Only its low 62 bits
+                count.
+            stream: handle of the CUDA stream.
+            seeds: address of int64 [2] on the device, a seed and an offset that is added to
+                ``offset``; needed, and read, if ``seeds_in_memory``.
+            features_ratio: address of float32 [samples, width].
+            tokens_ratio: address of float32 [M].
+            sums: address of float32 [*sums_shape].
+        """
+        self._start(
+            stream, x, features, tokens, features_ratio, tokens_ratio, sums, seeds, seed, offset
+        )
 
 
-def _direction_arguments(
-    direction: Direction | None, spare: Tensor, block_rows: int, block_cols: int
-) -> _Arguments:
-    """Return one direction's kernel arguments; the padding that no block writes is filled here."""
-    if direction is None:
-        return _Arguments((spare, spare), (0, 0, 0, 0), (0,), 0xE)
-    packed = direction.packed
-    layout, (rows, cols) = packed.layout, packed.padded_shape
-    metadata = packed.metadata
-    table, width = layout_table(layout, block_rows, block_cols // 4, metadata.numel())
-    used = layout.used_nbytes(rows, cols)
-    if used < metadata.numel():
-        metadata[used:].fill_(layout.padding * 0x11)
-    if width == 0:
-        metadata[:used].zero_()
-    words = {0: torch.int32, 1: torch.uint8, 2: torch.int16, 3: torch.int32}[width]
-    row_tiles, group_tiles = layout.tiles(rows, cols)
-    sizes = (
-        row_tiles * layout.tile_rows,
-        group_tiles * layout.tile_groups,
-        *layout.steps(rows, cols),
+@dataclass(frozen=True)
+class PreparedPrune:
+    """One way of pruning one shape to a dense tensor, resolved.
+
+    Attributes:
+        draws: whether seed and offset matter.
+        seeds_in_memory: whether they are read from ``seeds`` on the device.
+    """
+
+    draws: bool
+    seeds_in_memory: bool
+    _start: Callable[..., None]
+
+    def __call__(
+        self,
+        x: int,
+        out: int,
+        seed: int,
+        offset: int,
+        stream: int,
+        *,
+        seeds: int = 0,
+        ratio: int = 0,
+    ) -> None:
+        """Prune on a stream of the device that this was prepared for, which must be current.
+
+        Args:
+            x: address of x, a multiple of 16.
+            out: address of [M, width] of x's dtype, without gaps; not x itself.
+            seed, offset, stream, seeds: see ``PreparedPack``.
+            ratio: address of float32 [samples, width] along features, [M] along tokens.
+        """
+        self._start(stream, x, out, ratio, seeds, seed, offset)
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_pack(
+    shape: tuple[int, int],
+    row_stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    features: str | None = None,
+    tokens: str | None = None,
+    features_layout: MetadataLayout | None = None,
+    tokens_layout: MetadataLayout | None = None,
+    n: int = 2,
+    column_sums: bool = False,
+    rows_per_ratio: int | None = None,
+    seeds_in_memory: bool = False,
+) -> PreparedPack:
+    """Resolve a pack once: blocks, grid, the compiled kernel, the constants of every later call.
+
+    Args:
+        shape: [M, K] of x. Columns are adjacent; where K is no multiple of 8, x is a copy whose
+            rows are zero up to one (``aligned``).
+        row_stride: elements from a row of x to the next, a multiple of 8.
+        dtype: float16 or bfloat16.
+        device: where x lies; with an index, the device for which the kernel is compiled.
+        features: method of the operand x, or None.
+        tokens: method of the operand x.T, or None.
+        features_layout: order of its metadata.
+        tokens_layout: order of its metadata.
+        n: values kept of four, 1 or 2.
+        column_sums: whether to sum x over blocks of rows.
+        rows_per_ratio: rows of x that share a row of ``features_ratio``; all of them if None.
+        seeds_in_memory: whether seeds are read from the device, as under graph capture.
+
+    Returns:
+        PreparedPack: the same object for the same arguments, up to 1024 of them.
+
+    Raises:
+        ValueError: a row stride that is not whole octets, or a layout that does not fit.
+        ModuleNotFoundError: where Triton cannot be imported.
+    """
+    num_rows, num_cols = shape
+    if row_stride % OCTET:
+        rule = f"a multiple of {OCTET}"
+        raise value_error("prepare_pack", "row_stride", rule, row_stride, "Copy x: aligned(x).")
+    along_features = _target(features, features_layout)
+    along_tokens = _target(tokens, tokens_layout)
+    covered = _covered(shape, dtype, along_features, along_tokens)
+    tile = choose_tile(*covered, along_features, along_tokens)
+    rows_per_ratio = num_rows if rows_per_ratio is None else rows_per_ratio
+    width = -(-num_cols // OCTET) * OCTET
+    grid = grid_of(covered, tile.block_m, tile.block_k)
+    programs = grid[0] * grid[1] * grid[2]
+    features_tail = _tail(along_features, shape, dtype)
+    tokens_tail = _tail(along_tokens, (num_cols, num_rows), dtype)
+    variant = PackVariant(
+        dtype,
+        _sharing_tail(along_features, features_tail, programs),
+        _sharing_tail(along_tokens, tokens_tail, programs),
+        tile,
+        n,
+        _ratio_kind(features, rows_per_ratio, num_rows, tile.block_m),
+        column_sums,
+        seeds_in_memory,
     )
-    pointers = (packed.values.view(torch.int16), metadata.view(words))
-    return _Arguments(pointers, sizes, table, layout.padding)
+    start = _prepare_kernel(
+        "pack_kernel",
+        device,
+        grid,
+        (
+            num_rows,
+            width // OCTET,
+            row_stride // OCTET,
+            rows_per_ratio,
+            features_tail,
+            tokens_tail,
+        ),
+        variant.constants(native=not interpreted()),
+        tile.num_warps,
+    )
+    return PreparedPack(
+        width,
+        (grid[1] * grid[2], width) if column_sums else None,
+        0 if along_features is None else buffer_nbytes(shape, dtype, along_features.layout),
+        0 if along_tokens is None else buffer_nbytes(shape[::-1], dtype, along_tokens.layout),
+        features in STOCHASTIC or tokens in STOCHASTIC,
+        seeds_in_memory,
+        start,
+    )
 
 
-def _covered(x: Tensor, features: Direction | None, tokens: Direction | None) -> tuple[int, int]:
+@functools.lru_cache(maxsize=1024)
+def prepare_prune(
+    shape: tuple[int, int],
+    row_stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    method: str,
+    tokens: bool = False,
+    n: int = 2,
+    rows_per_ratio: int | None = None,
+    seeds_in_memory: bool = False,
+) -> PreparedPrune:
+    """Resolve once a prune of x that writes a dense tensor.
+
+    Args:
+        shape: [M, width] of x as ``aligned`` returns it, width a multiple of 8.
+        row_stride: elements from a row of x to the next, a multiple of 8.
+        dtype: float16 or bfloat16.
+        device: where x lies.
+        method: how to prune.
+        tokens: whether groups run along tokens; else along features.
+        n: values kept of four, 1 or 2.
+        rows_per_ratio: rows of x that share a row of ratios along features; all if None.
+        seeds_in_memory: see ``prepare_pack``.
+
+    Returns:
+        PreparedPrune: the same object for the same arguments, up to 1024 of them.
+
+    Raises:
+        ValueError: a width or a row stride that is not whole octets.
+        ModuleNotFoundError: where Triton cannot be imported.
+    """
+    num_rows, width = shape
+    for name, value in (("width", width), ("row_stride", row_stride)):
+        if value % OCTET:
+            rule = f"a multiple of {OCTET}"
+            raise value_error("prepare_prune", name, rule, value, "Copy x: aligned(x).")
+    rows_per_ratio = num_rows if rows_per_ratio is None else rows_per_ratio
+    variant = PruneVariant(dtype, method, tokens, n, seeds_in_memory=seeds_in_memory)
+    tile = variant.tile
+    if not tokens:
+        kind = _ratio_kind(method, rows_per_ratio, num_rows, tile.block_m)
+        variant = dataclasses.replace(variant, ratio=kind)
+    start = _prepare_kernel(
+        "prune_kernel",
+        device,
+        grid_of(shape, tile.block_m, tile.block_k),
+        (num_rows, width // OCTET, row_stride // OCTET, rows_per_ratio),
+        variant.constants(native=not interpreted()),
+        tile.num_warps,
+    )
+    return PreparedPrune(method in STOCHASTIC, seeds_in_memory, start)
+
+
+def launch_abs_sums(
+    x: Tensor, transpose: bool, rows_per_sample: int, n: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Return sums of |x| and of the |x| that magnitude keeps, per column of the operand.
+
+    Args:
+        x: [M, width] float16|bfloat16, as ``aligned`` returns it.
+        transpose: prune along tokens and sum over features; else along features over tokens.
+        rows_per_sample: rows of x that are summed together along features.
+        n: values kept of four.
+
+    Returns:
+        two float32 [samples, width], or [M] when transposed.
+    """
+    num_rows, num_cols = x.shape
+    variant = SumsVariant(x.dtype, transpose, n)
+    tile, span = variant.tile, variant.span
+    octets, row_octets = num_cols // OCTET, x.stride(0) // OCTET
+    if transpose:
+        parts = -(-num_cols // span)
+        grid = (parts, *grid_of((num_rows, num_cols), tile.block_m, tile.block_k)[1:])
+        shape, sizes = (parts, num_rows), (num_rows, octets, row_octets, num_rows)
+    else:
+        parts, samples = -(-rows_per_sample // span), num_rows // rows_per_sample
+        grid = grid_of((samples * parts, num_cols), 1, tile.block_k)
+        shape = (grid[1] * grid[2], num_cols)
+        sizes = (rows_per_sample, octets, row_octets, parts, samples)
+    start = _prepare_sums(variant, x.device, grid, sizes)
+    total, kept = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    with on_device(x.device):
+        start(current_stream(x.device), x.data_ptr(), total.data_ptr(), kept.data_ptr())
+    if transpose:
+        return total.sum(0), kept.sum(0)
+    split = (samples, parts, num_cols)
+    return tuple(part[: samples * parts].view(split).sum(1) for part in (total, kept))
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare_sums(
+    variant: SumsVariant, device: torch.device, grid: tuple[int, int, int], sizes: tuple[int, ...]
+) -> Callable[..., None]:
+    constants = variant.constants()
+    return _prepare_kernel(variant.kernel, device, grid, sizes, constants, variant.tile.num_warps)
+
+
+def grid_of(covered: tuple[int, int], block_m: int, block_k: int) -> tuple[int, int, int]:
+    """Return blocks along columns, and blocks along rows split over the two short axes.
+
+    ``kernels`` counts row blocks as z * grid[1] + y. Those beyond the last do nothing.
+    """
+    row_blocks, col_blocks = -(-covered[0] // block_m), -(-covered[1] // block_k)
+    layers = -(-row_blocks // _MAX_GRID)
+    return col_blocks, -(-row_blocks // layers), layers
+
+
+def _prepare_kernel(
+    name: str,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    sizes: Sequence[int],
+    constants: Mapping[str, Any],
+    num_warps: int,
+) -> Callable[..., None]:
+    """Return start(stream, *pointers, *draws) of a kernel; the rest is folded in.
+
+    A kernel's parameters are pointers, sizes, the seed and offset if it draws, then constants.
+    """
+    module = kernels()
+    if module is None:
+        raise ModuleNotFoundError(f"{name}: needs triton. Install it, or use the reference.")
+    function = getattr(module, name)
+    types = module.POINTERS[name]
+    count, sizes, constants = len(types), tuple(sizes), dict(constants)
+    if interpreted():
+
+        def interpret(stream: int, *given: int) -> None:
+            tensors = [_tensor_at(*pair) for pair in zip(given, types, strict=False)]
+            function[grid](*tensors, *sizes, *given[count:], **constants)
+
+        return interpret
+    # Any value beyond 32 bits stands for one of 64; the sizes are never specialised.
+    wide = [1 << 40] * (len(function.arg_names) - count - len(sizes) - len(constants))
+    with on_device(device):
+        compiled = function.warmup(
+            *types, *sizes, *wide, grid=grid, num_warps=num_warps, **constants, **COMPILE_OPTIONS
+        )
+        run, handle, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    arguments = tuple(constants.values())
+
+    def start(stream: int, *given: int) -> None:
+        run(
+            *grid, stream, handle, metadata, None, None, None,
+            *given[:count], *sizes, *given[count:], *arguments,
+        )  # fmt: skip
+
+    return start
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a CUDA device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of torch's current stream on a device, 0 where it has none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _tensor_at(address: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that starts at an address, for the interpreter, which asks for no more."""
+    if address == 0:
+        return torch.empty(1, dtype=dtype)
+    buffer = (ctypes.c_char * dtype.itemsize).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype)
+
+
+def _target(method: str | None, layout: MetadataLayout | None) -> Target | None:
+    if method is None:
+        return None
+    if layout is None:
+        raise value_error("prepare_pack", "layout", "given for each method", None, "Pass one.")
+    return Target(method, layout)
+
+
+def _sharing_tail(target: Target | None, tail: int, programs: int) -> Target | None:
+    """Return the target with its share of the tail in every program."""
+    if target is None or tail == 0:
+        return target
+    share = _MIN_SHARE
+    while share * programs < tail:
+        share *= 2
+    return Target(target.method, target.layout, share)
+
+
+def _tail(target: Target | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Return the bytes of the metadata that lie beyond the layout's tiles."""
+    if target is None:
+        return 0
+    padded = padded_shape(*shape, dtype)
+    return target.layout.nbytes(*padded) - target.layout.used_nbytes(*padded)
+
+
+def _covered(
+    shape: tuple[int, int], dtype: torch.dtype, features: Target | None, tokens: Target | None
+) -> tuple[int, int]:
     """Return rows and columns of x that blocks must cover so that all padding is written."""
-    rows, cols = x.shape
+    rows, cols = shape
     if features is not None:
-        layout, shape = features.packed.layout, features.packed.padded_shape
-        row_tiles, group_tiles = layout.tiles(*shape)
-        rows = max(rows, shape[0], row_tiles * layout.tile_rows)
-        cols = max(cols, shape[1], group_tiles * layout.tile_groups * 4)
+        padded = padded_shape(rows, cols, dtype)
+        row_tiles, group_tiles = features.layout.tiles(*padded)
+        rows = max(rows, padded[0], row_tiles * features.layout.tile_rows)
+        cols = max(cols, padded[1], group_tiles * features.layout.tile_groups * 4)
     if tokens is not None:
-        layout, shape = tokens.packed.layout, tokens.packed.padded_shape
-        row_tiles, group_tiles = layout.tiles(*shape)
-        rows = max(rows, shape[1], group_tiles * layout.tile_groups * 4)
-        cols = max(cols, shape[0], row_tiles * layout.tile_rows)
+        padded = padded_shape(shape[1], shape[0], dtype)
+        row_tiles, group_tiles = tokens.layout.tiles(*padded)
+        rows = max(rows, padded[1], group_tiles * tokens.layout.tile_groups * 4)
+        cols = max(cols, padded[0], row_tiles * tokens.layout.tile_rows)
     return rows, cols
 
 
-def _cover(size: int, limit: int) -> int:
-    """Return the power of two from MIN_BLOCK to limit that covers size, or limit."""
-    block = MIN_BLOCK
-    while block < min(size, limit):
-        block *= 2
-    return block
-
-
-def _runs(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Join bits whose strides double: (shift, mask, stride) of each run, flat."""
-    runs: list[int] = []
-    for bit, stride in enumerate(strides):
-        if runs and (runs[-2] + 1) * runs[-1] == stride:
-            runs[-2] = 2 * runs[-2] + 1
-        else:
-            runs += [bit, 1, stride]
-    return tuple(runs)
-
-
-def _ratio_kind(
-    ratio: Tensor | None, rows_per_ratio: int, num_rows: int, tile: Tile
-) -> tuple[int, tuple[int, int]]:
-    """Return how the kernel reads ratio, and its strides; a broadcast dimension has stride 0."""
-    module = kernels()
-    assert module is not None  # launch_pack raised otherwise
-    if ratio is None:
-        return module.NO_RATIO.value, (0, 0)
-    strides = tuple(
-        0 if size == 1 else stride for size, stride in zip(ratio.shape, ratio.stride(), strict=True)
-    )
-    whole = rows_per_ratio % tile.block_m == 0 or rows_per_ratio >= num_rows
-    kind = module.RATIO_PER_COLUMN if whole else module.RATIO_PER_ELEMENT
-    return kind.value, (strides[0], strides[1])
-
-
-def _method_code(direction: Direction | None) -> int:
-    from sdgp_cusparselt.packing import selection
-
-    codes = {
-        "none": selection.MAGNITUDE,
-        "magnitude": selection.MAGNITUDE,
-        "random": selection.RANDOM,
-        "mvue": selection.MVUE,
-        "rescaled_magnitude": selection.RESCALED,
-    }
-    code: int = codes["none" if direction is None else direction.method].value
-    return code
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+def _ratio_kind(features: str | None, rows_per_ratio: int, num_rows: int, block_m: int) -> int:
+    if features != "rescaled_magnitude":
+        return NO_RATIO
+    whole = rows_per_ratio % block_m == 0 or rows_per_ratio >= num_rows
+    return RATIO_PER_BLOCK if whole else RATIO_PER_ROW

@@ -162,8 +162,10 @@ class MetadataLayout:
             if layout.nbytes(rows, cols) == nbytes and layout.misfit(rows, cols) is None
         )
 
-    def same_places(self, other: MetadataLayout, rows: int, cols: int) -> bool:
-        """Whether two layouts put every group of a [rows, cols] operand at the same address."""
+    def reads_as(self, other: MetadataLayout, rows: int, cols: int) -> bool:
+        """Whether a [rows, cols] operand packed in one layout is right when read in the other."""
+        if self.nbytes(rows, cols) != other.nbytes(rows, cols):
+            return False
         zero = torch.zeros((), dtype=torch.int64)
         row, group = torch.arange(rows), torch.arange(cols // 4)
         return all(

@@ -124,18 +124,15 @@ def _probe(
 
     The bits of a group's name are those of its row, then those of its number; None is 0 all over.
     """
+    one = torch.tensor(flip, device=device)
+    if bit is not None and bit < row_bits:
+        one = torch.arange(rows, device=device)[:, None] >> bit & 1 == 1
+    elif bit is not None:
+        one = torch.arange(groups, device=device)[None, :] >> (bit - row_bits) & 1 == 1
     probe = torch.zeros(rows, 4 * groups, dtype=dtype, device=device)
     probe[:, 0::4] = 1
-    for part in row_blocks(rows, groups):
-        shape = (part.stop - part.start, groups)
-        one = torch.full(shape, flip, device=device)
-        if bit is not None:
-            row = torch.arange(part.start, part.stop, device=device)[:, None]
-            group = torch.arange(groups, device=device)[None, :]
-            named = row >> bit if bit < row_bits else group >> (bit - row_bits)
-            one = (named & 1 == 1).expand(shape)
-        probe[part, 1::4] = (~one).to(dtype)
-        probe[part, 2::4] = one.to(dtype)
+    probe[:, 1::4] = (~one).to(dtype)
+    probe[:, 2::4] = one.to(dtype)
     return probe
 
 
@@ -158,10 +155,10 @@ def _places(source: Tensor, known: Tensor, row_bits: int, rows: int, groups: int
 
 
 def _padding(blank: Tensor, known: Tensor) -> int:
-    """Return the nibble that the library pads with; 0xE, as good as any, where it has several."""
+    """Return a nibble that the library pads with, 0xE where it has no padding."""
     nibbles = torch.stack((blank & 15, blank >> 4), 1).flatten()
     found = torch.unique(nibbles[~known])
-    return int(found[0]) if found.numel() == 1 else 0xE
+    return int(found[0]) if found.numel() else 0xE
 
 
 def _strides(place: Tensor, bits: int) -> list[int | None]:

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.arrays import like, to_tensor
+from sdgp_cusparselt.config.patterns import METHODS, STOCHASTIC
 from sdgp_cusparselt.errors import NotSupportedError, type_error, value_error
 from sdgp_cusparselt.packing import launch
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout, padded_shape
-from sdgp_cusparselt.packing.packed import PACKED_DTYPES, Packed24
-from sdgp_cusparselt.packing.reference import Draws, keep_two, pack_operand
+from sdgp_cusparselt.packing.packed import PACKED_DTYPES, Packed24, buffer_nbytes
+from sdgp_cusparselt.packing.ratios import kernel_ratio, reference_ratio
+from sdgp_cusparselt.packing.reference import Draws, pack_operand
+from sdgp_cusparselt.packing.seeds import Seeds, draw_seeds, seeds_tensor
+from sdgp_cusparselt.packing.variants import KERNEL_DTYPES, layout_obstacle
 
-METHODS = ("none", "random", "magnitude", "rescaled_magnitude", "mvue")
 BACKENDS = ("auto", "triton", "reference")
-# Row and column numbers are 32-bit inside a block; offsets are 64-bit.
-MAX_SIDE = 2**31 - 2**12
+# Row and column numbers, and words between tiles of metadata, are 32-bit; offsets are 64-bit.
+MAX_SIDE = 2**28
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def pack_gradient(
     tokens_layout: MetadataLayout | None = None,
     column_sums: bool = False,
     tokens_per_sample: int | None = None,
+    n: int = 2,
     backend: str = "auto",
     generator: torch.Generator | None = None,
 ) -> PackedGradient:
@@ -113,6 +117,7 @@ def pack_gradient(
         tokens_layout: see ``pack``.
         column_sums: whether to sum x over tokens, for the bias gradient.
         tokens_per_sample: rows of x that share a rescale ratio; all of them if None.
+        n: values kept of four, 2 or 1; with 1 the second value of each pair is zero.
         backend: see ``pack``.
         generator: see ``pack``.
 
@@ -126,25 +131,24 @@ def pack_gradient(
         rescaled_magnitude reads x a second time, beforehand, for its ratio. Column sums are
         deterministic, and so is everything else for given seeds.
     """
-    _check_x(x, features, tokens)
-    samples = _checked_samples(x, tokens_per_sample)
-    use_kernel = _use_kernel(x, backend)
-    x = _row_major(x)
+    check_matrix(x, features, tokens)
+    if n not in (1, 2):
+        raise value_error("pack", "n", "1 or 2", n, "Other patterns have no 2:4 format.")
+    per_sample = checked_samples(x, tokens_per_sample)
+    x = x.detach()
     wanted = []
     for transposed, method, layout in (
         (False, features, features_layout),
         (True, tokens, tokens_layout),
     ):
         if method is not None:
-            packed = _allocate(x, layout, transposed)
-            wanted.append(launch.Direction(packed, method, transposed))
-    seeds = None
-    if any(direction.method in ("random", "mvue") for direction in wanted):
+            wanted.append(_Direction(method, transposed, _layout(x, layout, transposed)))
+    by_kernel = use_kernel(x, backend, [direction.layout for direction in wanted])
+    seeds: Seeds = (0, 0)
+    if any(direction.method in STOCHASTIC for direction in wanted):
         seeds = draw_seeds(x.device, generator)
-    run = _by_kernel if use_kernel else _by_reference
-    sums = run(x, wanted, samples, seeds, column_sums)
-    found = {direction.transposed: direction.packed for direction in wanted}
-    return PackedGradient(found.get(False), found.get(True), sums)
+    run = _by_kernel if by_kernel else _by_reference
+    return run(x, wanted, n, per_sample, seeds, column_sums)
 
 
 def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
@@ -175,18 +179,7 @@ def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
     return like(dense, packed.unpack() @ right)
 
 
-def draw_seeds(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Return the two int64 words that one pack's random numbers follow from.
-
-    Drawn by torch on the device itself: no synchronisation, ``torch.manual_seed`` rules, and a
-    CUDA graph that captured it draws new words at each replay.
-    """
-    return torch.randint(
-        -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
-    )
-
-
-def _check_x(x: Tensor, features: str | None, tokens: str | None) -> None:
+def check_matrix(x: Tensor, features: str | None, tokens: str | None) -> None:
     """Raise unless x can be packed that way; nothing has been allocated or launched yet."""
     if not isinstance(x, Tensor):
         raise type_error("pack", "x", "a torch.Tensor", type(x).__name__, "Convert it first.")
@@ -213,7 +206,8 @@ def _check_x(x: Tensor, features: str | None, tokens: str | None) -> None:
             raise type_error("pack", "x", f"float16 or bfloat16 for {method}", x.dtype, fix)
 
 
-def _checked_samples(x: Tensor, tokens_per_sample: int | None) -> int:
+def checked_samples(x: Tensor, tokens_per_sample: int | None) -> int:
+    """Return the rows of one sample, or raise ValueError."""
     rows = x.shape[0]
     per_sample = rows if tokens_per_sample is None else tokens_per_sample
     if per_sample < 1 or rows % per_sample:
@@ -223,120 +217,146 @@ def _checked_samples(x: Tensor, tokens_per_sample: int | None) -> int:
     return per_sample
 
 
-def _use_kernel(x: Tensor, backend: str) -> bool:
+@dataclass(frozen=True)
+class _Direction:
+    """One operand to make: by which method, whether of the transpose of x, and in which order."""
+
+    method: str
+    transposed: bool
+    layout: MetadataLayout
+
+    def of(self, x: Tensor) -> Tensor:
+        return x.t() if self.transposed else x
+
+    def wrap(self, buffer: Tensor, x: Tensor) -> Packed24:
+        rows, cols = x.shape[::-1] if self.transposed else x.shape
+        return Packed24(buffer, (rows, cols), x.dtype, self.layout, self.transposed)
+
+
+def _layout(x: Tensor, layout: MetadataLayout | None, transposed: bool) -> MetadataLayout:
+    rows, cols = x.shape[::-1] if transposed else x.shape
+    if layout is None:
+        return default_layout(*padded_shape(rows, cols, x.dtype), x.dtype)
+    buffer_nbytes((rows, cols), x.dtype, layout)  # raises where it does not fit
+    return layout
+
+
+def use_kernel(x: Tensor, backend: str, layouts: list[MetadataLayout]) -> bool:
     """Choose, or raise NotSupportedError with the reason."""
     if backend not in BACKENDS:
         rule = f"one of {', '.join(BACKENDS)}"
         raise value_error("pack", "backend", rule, repr(backend), "Pick one of these.")
     if backend == "reference":
         return False
-    reason = kernel_obstacle(x)
+    reason = kernel_obstacle(x, *layouts)
     if backend == "triton" and reason is not None:
         raise NotSupportedError(f"pack: the Triton kernel cannot run: {reason}.")
     # The interpreter is for tests, which ask for it by name.
     return reason is None and (backend == "triton" or x.is_cuda)
 
 
-def kernel_obstacle(x: Tensor) -> str | None:
-    """Return why the Triton kernel cannot pack x, or None if it can."""
+def kernel_obstacle(x: Tensor, *layouts: MetadataLayout) -> str | None:
+    """Return why the Triton kernel cannot pack x in these orders, or None if it can."""
     if launch.kernels() is None:
         return "triton cannot be imported (pip install triton)"
-    if x.dtype not in launch.KERNEL_DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"x is {x.dtype}, and the kernel moves float16 and bfloat16"
     if x.is_cuda == launch.interpreted():
         if x.is_cuda:
             return "TRITON_INTERPRET is set, so kernels run on the CPU"
         return f"x is on {x.device}, and the kernel runs on a CUDA GPU"
-    return None
-
-
-def _row_major(x: Tensor) -> Tensor:
-    """Return x with adjacent columns; rows may lie any distance apart."""
-    x = x.detach()
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _allocate(x: Tensor, layout: MetadataLayout | None, transposed: bool) -> Packed24:
-    rows, cols = x.shape[::-1] if transposed else x.shape
-    if layout is None:
-        layout = default_layout(*padded_shape(rows, cols, x.dtype), x.dtype)
-    return Packed24.empty((rows, cols), x.dtype, layout, device=x.device, transposed=transposed)
+    return next(filter(None, map(layout_obstacle, layouts)), None)
 
 
 def _by_kernel(
     x: Tensor,
-    wanted: list[launch.Direction],
+    wanted: list[_Direction],
+    n: int,
     per_sample: int,
-    seeds: Tensor | None,
+    seeds: Seeds,
     column_sums: bool,
-) -> Tensor | None:
-    rescaled = [d for d in wanted if d.method == "rescaled_magnitude"]
-    # One launch carries one ratio; a second rescaled direction takes a launch of its own.
-    extra = rescaled[1:]
-    together = [d for d in wanted if all(d is not later for later in extra)]
-    ratio, rows_per_ratio = None, 1
-    if rescaled:
-        ratio, rows_per_ratio = _kernel_ratio(x, rescaled[0].transposed, per_sample)
-    partial = launch.launch_pack(
-        x,
-        together,
-        ratio=ratio,
-        rows_per_ratio=rows_per_ratio,
-        seeds=seeds,
+) -> PackedGradient:
+    """Pack from one read of x; rescaled_magnitude reads it once more per direction."""
+    read = launch.aligned(x)
+    by = {direction.transposed: direction for direction in wanted}
+    features, tokens = by.get(False), by.get(True)
+    in_memory = isinstance(seeds, Tensor)
+    prepared = launch.prepare_pack(
+        (x.shape[0], x.shape[1]),
+        read.stride(0),
+        x.dtype,
+        x.device,
+        features=None if features is None else features.method,
+        tokens=None if tokens is None else tokens.method,
+        features_layout=None if features is None else features.layout,
+        tokens_layout=None if tokens is None else tokens.layout,
+        n=n,
         column_sums=column_sums,
+        rows_per_ratio=per_sample,
+        seeds_in_memory=in_memory,
     )
-    for direction in extra:
-        ratio, rows_per_ratio = _kernel_ratio(x, direction.transposed, per_sample)
-        launch.launch_pack(x, [direction], ratio=ratio, rows_per_ratio=rows_per_ratio)
-    return None if partial is None else partial.sum(0)
+    ratios = {
+        direction.transposed: kernel_ratio(read, direction.transposed, per_sample, n)
+        for direction in wanted
+        if direction.method == "rescaled_magnitude"
+    }
+    sizes = {False: prepared.features_nbytes, True: prepared.tokens_nbytes}
+    buffers = {
+        transposed: torch.empty(sizes[transposed], dtype=torch.uint8, device=x.device)
+        for transposed in by
+    }
+    sums = None
+    if prepared.sums_shape is not None:
+        sums = torch.empty(prepared.sums_shape, dtype=torch.float32, device=x.device)
+    seed, offset = (0, 0) if isinstance(seeds, Tensor) else seeds
+    with launch.on_device(x.device):
+        prepared(
+            read.data_ptr(),
+            _address(buffers.get(False)),
+            _address(buffers.get(True)),
+            seed,
+            offset,
+            launch.current_stream(x.device),
+            seeds=_address(seeds) if isinstance(seeds, Tensor) else 0,
+            features_ratio=_address(ratios.get(False)),
+            tokens_ratio=_address(ratios.get(True)),
+            sums=_address(sums),
+        )
+    return PackedGradient(
+        None if features is None else features.wrap(buffers[False], x),
+        None if tokens is None else tokens.wrap(buffers[True], x),
+        None if sums is None else sums.sum(0)[: x.shape[1]],
+    )
 
 
-def _kernel_ratio(x: Tensor, transposed: bool, per_sample: int) -> tuple[Tensor, int]:
-    """Return the ratio in x's own coordinates, and how many rows of x share a row of it."""
-    rows_per_sample = x.shape[0] if transposed else per_sample
-    ratio = safe_ratio(*launch.launch_abs_sums(x, transposed, rows_per_sample))
-    return (ratio.t(), 1) if transposed else (ratio, per_sample)
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _by_reference(
     x: Tensor,
-    wanted: list[launch.Direction],
+    wanted: list[_Direction],
+    n: int,
     per_sample: int,
-    seeds: Tensor | None,
+    seeds: Seeds,
     column_sums: bool,
-) -> Tensor | None:
+) -> PackedGradient:
+    found: dict[bool, Packed24] = {}
+    words = seeds_tensor(seeds, x.device)
     for direction in wanted:
-        transposed = direction.transposed
-        operand = x.t() if transposed else x
+        operand = direction.of(x)
         ratio = None
         if direction.method == "rescaled_magnitude":
-            ratio = _reference_ratio(operand, operand.shape[0] if transposed else per_sample)
-        done = pack_operand(
+            rows = operand.shape[0] if direction.transposed else per_sample
+            ratio = reference_ratio(operand, rows, n)
+        found[direction.transposed] = pack_operand(
             operand,
-            direction.packed.layout,
+            direction.layout,
             method=direction.method,
+            n=n,
             ratio=ratio,
-            draws=None if seeds is None else Draws(seeds, int(transposed)),
-            transposed=transposed,
+            draws=Draws(words, int(direction.transposed)),
+            transposed=direction.transposed,
         )
-        direction.packed.buffer.copy_(done.buffer)
-    return x.sum(0, dtype=torch.float32) if column_sums else None
-
-
-def _reference_ratio(operand: Tensor, per_sample: int) -> Tensor:
-    """Return float32 [rows, cols], each sample's ratio repeated over its rows."""
-    keys = operand.contiguous().view(torch.int16) & 0x7FFF
-    short = -operand.shape[1] % 4
-    groups = torch.nn.functional.pad(keys, (0, short)).unflatten(1, (-1, 4))  # type: ignore[no-untyped-call]
-    keep = torch.stack(keep_two(groups.unbind(-1)), -1).flatten(1)[:, : operand.shape[1]]
-    size = operand.abs().float()
-    kept = torch.where(keep, size, 0.0)
-    samples = (-1, per_sample, operand.shape[1])
-    ratio = safe_ratio(size.view(samples).sum(1), kept.view(samples).sum(1))
-    return ratio.repeat_interleave(per_sample, 0)
-
-
-def safe_ratio(total: Tensor, kept: Tensor) -> Tensor:
-    """Return total / kept, and 1 where nothing was kept or a sum overflowed."""
-    ratio = total / kept
-    return torch.where(torch.isfinite(ratio) & (kept > 0), ratio, torch.ones_like(ratio))
+    sums = x.sum(0, dtype=torch.float32) if column_sums else None
+    return PackedGradient(found.get(False), found.get(True), sums)

@@ -1,215 +1,179 @@
-"""Which two of four are kept: ranking, sampling and rounding, as device functions.
+"""Which of four are kept, and what they are worth: ranking and sampling, as device functions.
 
-Tiles are int16: a kept element is moved, never converted. ``reference`` and ``sampling`` are what
-each function must equal, bit for bit.
+A group is two words, ``low`` = x1:x0 and ``high`` = x3:x2. What is kept is named by a selector:
+its low half-word holds, as four nibbles, the bytes of high:low that ``halves.permute`` takes, so
+that one instruction moves both values; its top four bits are the metadata nibble i | j << 2.
+``sampling`` and ``reference`` are what each function must equal, bit for bit.
 """
 
 import triton
 import triton.language as tl
 
+from sdgp_cusparselt.packing.halves import (
+    mark_overflow,
+    permute,
+    raise_to,
+    sizes_of,
+    without_negative_zero,
+)
+
 # A group that is 2:4 already loses nothing to magnitude, so "none" needs no code of its own.
 MAGNITUDE = tl.constexpr(1)
-RANDOM = tl.constexpr(2)
-MVUE = tl.constexpr(3)
-RESCALED = tl.constexpr(4)
+RESCALED = tl.constexpr(2)
+# From here on methods draw.
+RANDOM = tl.constexpr(3)
+MVUE = tl.constexpr(4)
+
+# Halves of selectors: the first kept is 0, 1 or 2; the second is 1, 2 or 3. Or-ed, they are whole.
+FIRST_IS_0 = tl.constexpr(0x00000010)
+FIRST_IS_1 = tl.constexpr(0x10000032)
+FIRST_IS_2 = tl.constexpr(0x20000054)
+SECOND_IS_1 = tl.constexpr(0x40003200)
+SECOND_IS_2 = tl.constexpr(-0x7FFFAC00)
+SECOND_IS_3 = tl.constexpr(-0x3FFF8A00)
 
 
 @triton.jit
-def split_groups(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS] -> the four members of each group, [ROWS, COLS / 4] each."""
-    low, high = tl.split(tl.reshape(tile, (ROWS, COLS // 4, 2, 2)))
-    x0, x2 = tl.split(low)
-    x1, x3 = tl.split(high)
-    return x0, x1, x2, x3
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _two_of_three(a, b, c):
-    return (a & b) | (c & (a | b))
+def _smaller(a, b):
+    """The smaller of two sizes, as integers: with NaN the largest, on every device alike."""
+    return _float(tl.minimum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)))
 
 
 @triton.jit
-def keep_two(k0, k1, k2, k3):
-    """Masks of the two largest keys; on a tie the lower index wins."""
-    b01, b02, b03 = k0 >= k1, k0 >= k2, k0 >= k3
-    b12, b13, b23 = k1 >= k2, k1 >= k3, k2 >= k3
-    keep0 = _two_of_three(b01, b02, b03)
-    keep1 = _two_of_three(~b01, b12, b13)
-    keep2 = _two_of_three(~b02, ~b12, b23)
-    keep3 = _two_of_three(~b03, ~b13, ~b23)
-    return keep0, keep1, keep2, keep3
+def _larger(a, b):
+    return _float(tl.maximum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)))
 
 
 @triton.jit
-def _rank(bits, INDEX: tl.constexpr):
-    """A uint32 that orders members as packing picks them: |x|, tie, then index and sign as cargo.
+def _by_magnitude(low, high, N: tl.constexpr):
+    """The selector of the N largest by a tournament; a tie goes to the lower index.
 
-    A tie goes to the lower index, but among zeros to the higher one, and all zeros are +0: then
-    the two top ranks of any group are the library's pair, (0, 3) of x000 and (2, 3) of 0000.
+    Keys are |x| in the upper half of a word. No key of a zero wins against ONE, so that a group
+    with fewer than N non-zeros names the library's pair: (0, 3) of x000, (2, 3) of 0000.
     """
-    word = bits.to(tl.uint16, bitcast=True).to(tl.uint32)
-    rank = (word << 17) | (word >> 15) | (((3 - INDEX) << 14) | (INDEX << 1))
-    return tl.maximum(rank, (4 << 14) | (INDEX << 1))
-
-
-@triton.jit
-def top_two(x0, x1, x2, x3):
-    """The two values of a group in column order, and its nibble: eight minima and maxima."""
-    r0, r1, r2, r3 = _rank(x0, 0), _rank(x1, 1), _rank(x2, 2), _rank(x3, 3)
-    high01, low01 = tl.maximum(r0, r1), tl.minimum(r0, r1)
-    high23, low23 = tl.maximum(r2, r3), tl.minimum(r2, r3)
-    best = tl.maximum(high01, high23)
-    next_best = tl.maximum(tl.minimum(high01, high23), tl.maximum(low01, low23))
-    # Rotated right by three, the index leads: a minimum and a maximum sort by column.
-    best = (best >> 3) | (best << 29)
-    next_best = (next_best >> 3) | (next_best << 29)
-    left, right = tl.minimum(best, next_best), tl.maximum(best, next_best)
-    nibble = (left >> 30) | ((right >> 28) & 12)
-    return _cargo(left), _cargo(right), nibble.to(tl.int32)
-
-
-@triton.jit
-def _cargo(rank):
-    """The element's bits inside a rotated rank."""
-    return (rank >> 14).to(tl.uint16).to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def _group_words(seeds_ptr, row0, group0, quads, STREAM, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """One 32-bit Philox word per group: a counter serves four neighbouring groups of a row."""
-    seed = tl.load(seeds_ptr)
-    offset = tl.load(seeds_ptr + 1)
-    row = row0.to(tl.int64) + tl.arange(0, ROWS)[:, None]
-    counter = row * quads + (group0 // 4 + tl.arange(0, GROUPS // 4)[None, :])
-    c0 = counter.to(tl.uint32)
-    c1 = (counter >> 32).to(tl.uint32)
-    zero = c0 * 0
-    c2 = zero + offset.to(tl.uint32)
-    c3 = zero + ((offset >> 32) & 0x7FFFFFFF | STREAM << 31).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, GROUPS))
-
-
-@triton.jit
-def _keep_random(word):
-    """Masks of a uniform two-subset; 0xCA9653 lists the six of them, a hexadecimal digit each."""
-    subset = 0xCA9653 >> (4 * tl.umulhi(word, 6)).to(tl.int32)
-    return (subset & 1) != 0, (subset & 2) != 0, (subset & 4) != 0, (subset & 8) != 0
-
-
-@triton.jit
-def _overflows(x0, x1, x2, x3, DTYPE: tl.constexpr):
-    """Whether any of four is Inf or NaN: its exponent has every bit set."""
-    EXPONENT: tl.constexpr = 0x7F80 if tl.bfloat16 == DTYPE else 0x7C00
-    return (
-        ((x0 & EXPONENT) == EXPONENT)
-        | ((x1 & EXPONENT) == EXPONENT)
-        | ((x2 & EXPONENT) == EXPONENT)
-        | ((x3 & EXPONENT) == EXPONENT)
-    )
-
-
-@triton.jit
-def widen(bits, DTYPE: tl.constexpr):
-    """The float32 that 16 bits of DTYPE stand for."""
-    if tl.bfloat16 == DTYPE:
-        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    ONE: tl.constexpr = 0x10000
+    k0, k1 = (low & 0x7FFF) << 16, low & 0x7FFF0000
+    k2, k3 = (high & 0x7FFF) << 16, high & 0x7FFF0000
+    first01 = k0 >= tl.maximum(k1, ONE)
+    first23 = k2 >= tl.maximum(k3, ONE)
+    top01, top23 = tl.maximum(k0, k1), tl.maximum(k2, k3)
+    if N == 1:
+        left = tl.where(first01, FIRST_IS_0 | SECOND_IS_3, FIRST_IS_1 | SECOND_IS_3)
+        return tl.where(top01 >= tl.maximum(top23, ONE), left, FIRST_IS_2 | SECOND_IS_3), (
+            first23 | (top01 >= tl.maximum(top23, ONE))
+        )
     else:
-        return bits.to(tl.float16, bitcast=True).to(tl.float32)
+        both01 = tl.minimum(k0, k1) >= tl.maximum(top23, ONE)
+        both23 = tl.maximum(tl.minimum(k2, k3), ONE) > top01
+        one_each = tl.where(first01, FIRST_IS_0, FIRST_IS_1)
+        one_each |= tl.where(first23, SECOND_IS_2, SECOND_IS_3)
+        selector = tl.where(both01, FIRST_IS_0 | SECOND_IS_1, one_each)
+        return tl.where(both23, FIRST_IS_2 | SECOND_IS_3, selector), first01
 
 
 @triton.jit
-def narrow(value, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """The 16 bits of value rounded to nearest even; not for NaN.
-
-    Not NATIVE is for Triton's interpreter, which truncates where the hardware rounds.
-    """
-    if NATIVE or tl.float16 == DTYPE:
-        return value.to(DTYPE).to(tl.int16, bitcast=True)
+def _at_random(word, N: tl.constexpr):
+    """The selector of a uniform N-subset from 16 random bits, and whether the first is it."""
+    if N == 1:
+        pick = word >> 14
+        selector = tl.where(pick == 0, FIRST_IS_0, tl.where(pick == 1, FIRST_IS_1, FIRST_IS_2))
+        return selector | SECOND_IS_3, pick < 3
     else:
-        wide = value.to(tl.int32, bitcast=True)
-        return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).to(tl.int16)
+        # The six nibbles with two different indices in order, one per hexadecimal digit.
+        nibble = (0xEDC984 >> (((word * 6) >> 16) * 4)) & 15
+        # Index i takes bytes 2 i and 2 i + 1: both nibbles of 0x22 i + 0x10.
+        selector = ((nibble * 0x41) & 0x303) * 0x22 + 0x1010
+        return selector | (nibble << 28), word == word
 
 
 @triton.jit
-def _mvue_member(bits, hit, sure, amount):
-    """A hit gives the group's amount with the element's sign; a sure element gives itself."""
-    drawn = amount | (bits & -0x8000)
-    return tl.where(sure, bits, tl.where(hit, drawn, 0))
+def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr):
+    """The selector of the drawn, whether the first is it (N = 1), and what each is worth.
 
-
-@triton.jit
-def _hit(start, end, first, second):
-    return ((start <= first) & (first < end)) | ((start <= second) & (second < end))
-
-
-@triton.jit
-def _mvue(x0, x1, x2, x3, word, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """Systematic sampling of two members, as ``sampling.mvue_bits`` explains; last, its fitness.
-
-    Every product below is exact or stands alone, and the launch forbids fused multiply-adds, so
-    that each sum rounds as the reference's does.
+    ``sampling.mvue_two`` and ``mvue_one`` say why. word: 128 + the random bits / 2**16, as bits.
     """
-    s0, s1 = tl.abs(widen(x0, DTYPE)), tl.abs(widen(x1, DTYPE))
-    s2, s3 = tl.abs(widen(x2, DTYPE)), tl.abs(widen(x3, DTYPE))
-    is0 = (s0 >= s1) & (s0 >= s2) & (s0 >= s3)
-    is1 = ~is0 & (s1 >= s2) & (s1 >= s3)
-    is2 = ~is0 & ~is1 & (s2 >= s3)
-    is3 = ~is0 & ~is1 & ~is2
-    rest = tl.where(is0, 0.0, s0) + tl.where(is1, 0.0, s1)
-    others = (rest + tl.where(is2, 0.0, s2)) + tl.where(is3, 0.0, s3)
-    peak = tl.where(is0, s0, tl.where(is1, s1, tl.where(is2, s2, s3)))
-    shared = peak < others
-    end0 = tl.where(shared, s0 + s0, tl.where(is0, others, s0))
-    end1 = end0 + tl.where(shared, s1 + s1, tl.where(is1, others, s1))
-    end2 = end1 + tl.where(shared, s2 + s2, tl.where(is2, others, s2))
-    end3 = end2 + tl.where(shared, s3 + s3, tl.where(is3, others, s3))
-    half = end3 * 0.5
-    uniform = (word >> 10).to(tl.float32) * 2.384185791015625e-07
-    below = (half.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-    first = tl.minimum(uniform * half, tl.where(half > 0, below, 0.0))
-    second = first + half
-    amount = narrow(tl.where(shared, half * 0.5, others), DTYPE, NATIVE)
-    zero = half * 0.0
-    y0 = _mvue_member(x0, _hit(zero, end0, first, second), is0 & ~shared, amount)
-    y1 = _mvue_member(x1, _hit(end0, end1, first, second), is1 & ~shared, amount)
-    y2 = _mvue_member(x2, _hit(end1, end2, first, second), is2 & ~shared, amount)
-    y3 = _mvue_member(x3, _hit(end2, end3, first, second), is3 & ~shared, amount)
-    usable = (peak < float("inf")) & (end3 < float("inf"))
-    return y0, y1, y2, y3, usable
+    uniform = _float(word) - 127.99999237060547
+    left_two, right_two = a0 + a1, a2 + a3
+    total = left_two + right_two
+    if N == 1:
+        point = uniform * total
+        first_is_2 = point < left_two + a2
+        selector = tl.where(point < left_two, FIRST_IS_1, FIRST_IS_2)
+        selector = tl.where(point < a0, FIRST_IS_0, selector)
+        return selector | SECOND_IS_3, first_is_2, total, total
+    else:
+        others = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(_larger(a0, a1), _larger(a2, a3))
+        half = _smaller(total * 0.5, others)
+        before = uniform * half
+        behind = half - before
+        is0, below2 = before < a0, before < left_two
+        left = tl.where(is0, FIRST_IS_0, tl.where(below2, FIRST_IS_1, FIRST_IS_2))
+        second_is_1 = (behind > right_two) & is0
+        second_is_2 = (behind > a3) & below2
+        right = tl.where(second_is_1, SECOND_IS_1, tl.where(second_is_2, SECOND_IS_2, SECOND_IS_3))
+        return left | right, is0, half, total
 
 
 @triton.jit
-def chosen(
-    tile,
-    scaled,
-    seeds_ptr,
-    row0,
-    group0,
-    quads,
-    STREAM: tl.constexpr,
+def choose(
+    low,
+    high,
+    scaled_low,
+    scaled_high,
+    word,
     METHOD: tl.constexpr,
+    N: tl.constexpr,
     DTYPE: tl.constexpr,
     NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
 ):
-    """The members of each group as bits, so that the two largest are what the method keeps."""
-    x0, x1, x2, x3 = split_groups(tile, ROWS, COLS)
-    if METHOD == RANDOM:
-        word = _group_words(seeds_ptr, row0, group0, quads, STREAM, ROWS, COLS // 4)
-        keep0, keep1, keep2, keep3 = _keep_random(word)
-        whole = _overflows(x0, x1, x2, x3, DTYPE)
-        x0, x1 = tl.where(keep0 | whole, x0, 0), tl.where(keep1 | whole, x1, 0)
-        x2, x3 = tl.where(keep2 | whole, x2, 0), tl.where(keep3 | whole, x3, 0)
-    elif METHOD == RESCALED:
-        keep0, keep1, keep2, keep3 = keep_two(x0 & 0x7FFF, x1 & 0x7FFF, x2 & 0x7FFF, x3 & 0x7FFF)
-        y0, y1, y2, y3 = split_groups(scaled, ROWS, COLS)
-        x0, x1 = tl.where(keep0, y0, 0), tl.where(keep1, y1, 0)
-        x2, x3 = tl.where(keep2, y2, 0), tl.where(keep3, y3, 0)
-    elif METHOD == MVUE:
-        word = _group_words(seeds_ptr, row0, group0, quads, STREAM, ROWS, COLS // 4)
-        y0, y1, y2, y3, usable = _mvue(x0, x1, x2, x3, word, DTYPE, NATIVE)
-        x0, x1 = tl.where(usable, y0, x0), tl.where(usable, y1, x1)
-        x2, x3 = tl.where(usable, y2, x2), tl.where(usable, y3, x3)
-    return x0, x1, x2, x3
+    """The two values kept of each group, in one word, and the selector that named them.
+
+    Args:
+        low, high: int32, the group.
+        scaled_low, scaled_high: int32, the same times the ratio, where METHOD is RESCALED.
+        word: int32, where METHOD draws 16 random bits as ``quads.random_bits`` gives them.
+    """
+    if METHOD < RANDOM:
+        selector, first = _by_magnitude(low, high, N)
+        if METHOD == RESCALED:
+            values = permute(scaled_low, scaled_high, selector, NATIVE)
+        else:
+            values = permute(low, high, selector, NATIVE)
+        values = without_negative_zero(values)
+        if N == 1:
+            values &= tl.where(first, 0xFFFF, -0x10000)
+    else:
+        a0, a1 = sizes_of(low, DTYPE)
+        a2, a3 = sizes_of(high, DTYPE)
+        # total * 0 is +0, or NaN if any of the four is Inf or NaN: an overflow stays visible.
+        if METHOD == MVUE:
+            selector, first, worth, total = _by_mvue(a0, a1, a2, a3, word, N)
+            kept = permute(low, high, selector, NATIVE)
+            values = raise_to(kept, worth + total * 0.0, DTYPE, NATIVE)
+        else:
+            selector, first = _at_random(word, N)
+            kept = permute(low, high, selector, NATIVE)
+            total = (a0 + a1) + (a2 + a3)
+            values = mark_overflow(kept, total * 0.0, DTYPE, NATIVE)
+        if N == 1:
+            values &= tl.where(first, 0xFFFF, -0x10000)
+    return values, selector
+
+
+@triton.jit
+def spread(values, selector, NATIVE: tl.constexpr):
+    """A group's two words again from its two values: what is not kept is +0."""
+    nibble = (selector.to(tl.uint32, bitcast=True) >> 28).to(tl.int32)
+    first, second = nibble & 3, nibble & 12
+    zero = values * 0
+    # Bytes 0 to 3 are the values', 4 is a byte of zero.
+    low = tl.where(first == 0, 0x4410, tl.where(first == 1, 0x1044, 0x4444))
+    low = tl.where(second == 4, 0x3210, low)
+    high = tl.where(second == 8, 0x4432, tl.where(second == 12, 0x3244, 0x4444))
+    high = tl.where(first == 2, 0x3210, high)
+    return permute(values, zero, low, NATIVE), permute(values, zero, high, NATIVE)

@@ -12,6 +12,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.pruning import prune
+
 #: Elements of a block: what a temporary in float32 or int64 may have.
 BLOCK = 1 << 22
 
@@ -43,10 +45,11 @@ def two_of_four(
 def few_integers(
     rows: int,
     cols: int,
-    share: float,
     dtype: torch.dtype,
     device: torch.device,
     generator: torch.Generator,
+    *,
+    share: float = 1.0,
 ) -> Tensor:
     """Return [rows, cols] of -1, 0 and 1, a ``share`` of them not 0."""
     made = torch.empty(rows, cols, dtype=dtype, device=device)
@@ -77,23 +80,34 @@ def normal(
     return made
 
 
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
+def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return left @ right, summed in float32 and rounded once, in blocks of both operands.
 
     Args:
         left: [M, K].
-        right: [K, N] of the same dtype, any strides.
+        right: [K, N], any strides.
+        dtype: of the result.
 
     Returns:
-        [M, N] of their dtype.
+        [M, N].
     """
     (rows, inner), cols = left.shape, right.shape[1]
-    out = torch.empty(rows, cols, dtype=left.dtype, device=left.device)
-    for part in row_blocks(rows, max(inner, cols)):
+    out = torch.empty(rows, cols, dtype=dtype, device=left.device)
+    # Four times the usual block: products of thin slices are slow.
+    for part in row_blocks(rows, inner // 4):
         wide = left[part].float()
-        for across in row_blocks(cols, max(inner, part.stop - part.start)):
-            out[part, across] = (wide @ right[:, across].float()).to(out.dtype)
+        for across in row_blocks(cols, max(inner, part.stop - part.start) // 4):
+            out[part, across] = (wide @ right[:, across].float()).to(dtype)
     return out
+
+
+def pruned_24(x: Tensor) -> Tensor:
+    """Return a matrix pruned 2:4 along its rows by magnitude, any strides; -0.0 becomes +0."""
+    pruned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for part in row_blocks(*x.shape):
+        some = prune(x[part].contiguous(), method="magnitude")
+        pruned[part] = some.masked_fill(some == 0, 0)
+    return pruned
 
 
 def some_rows(
@@ -113,7 +127,7 @@ def unpruned(
     generator = torch.Generator(device=device).manual_seed(rows * 31 + cols)
     yield "random", normal(rows, cols, dtype, device, generator)
     # Ties, and groups with none, one or two non-zeros in every position.
-    few = few_integers(rows, cols, 0.3, dtype, device, generator)
+    few = few_integers(rows, cols, dtype, device, generator, share=0.3)
     yield "sparse", few
     special = normal(rows, cols, dtype, device, generator)
     values = [0.0, -0.0, float("inf"), -float("inf"), torch.finfo(dtype).max]

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdgp_cusparselt.cards.efficiency import Curve, Efficiency
+from sdgp_cusparselt.cards.gpus import GPU, gpu_of
+from sdgp_cusparselt.cards.times import BYTES, PACKED_BYTES
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.planner.efficiency import Curve, Efficiency
 from sdgp_cusparselt.planner.gemms import Gemm
-from sdgp_cusparselt.planner.gpus import GPU, gpu_of
-from sdgp_cusparselt.planner.roofline import BYTES, PACKED_BYTES, gemm_time
+from sdgp_cusparselt.planner.roofline import gemm_time
 
 PARTS = ("dense_gemm", "sparse_gemm", "pack")
 
@@ -34,11 +35,14 @@ class Point:
 
 
 def result_files(folder: Path) -> list[tuple[GPU, Path]]:
-    """List the result files below ``folder`` that belong to a GPU the planner knows."""
+    """List the result files below ``folder`` that belong to a GPU the planner knows.
+
+    An empty one is no result: a run that was stopped may leave it.
+    """
     found = []
     for path in sorted(folder.glob("*/*.json")):
         gpu = gpu_of(path.parent.name)
-        if gpu is not None:
+        if gpu is not None and path.stat().st_size:
             found.append((gpu, path))
     return found
 

@@ -9,13 +9,11 @@ not 1 x 1 add the columns up into an image; dense wherever that is faster.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sdgp_cusparselt.planner.efficiency import Efficiency, gemm_size
+from sdgp_cusparselt.cards.efficiency import Efficiency, gemm_size
+from sdgp_cusparselt.cards.gpus import GPU
+from sdgp_cusparselt.cards.times import BYTES, dense_us, pack_us, sparse_us, stream_us
 from sdgp_cusparselt.planner.gemms import Gemm, Trace
-from sdgp_cusparselt.planner.gpus import GPU
 
-BYTES = 2  # bf16 and fp16
-#: Values (one of two bytes) and metadata (a nibble for four elements) of a 2:4 operand.
-PACKED_BYTES = 1.125
 #: Forward traffic of norms and activations, times this, is that of the step: the backward pass
 #: reads about two tensors and writes one for each one that the forward pass writes.
 STEP_TO_FORWARD = 3
@@ -70,27 +68,15 @@ def gemm_time(gemm: Gemm, gpu: GPU, efficiency: Efficiency) -> GemmTime:
     """
     size = gemm_size(gemm.m, gemm.n, gemm.k) * float(gemm.batch) ** (1 / 3)
     left, right, result = gemm.elements
-    dense = max(
-        gemm.flops / (gpu.tflops * 1e6 * efficiency.dense.at(size)),
-        _stream(BYTES * (left + right + result), gpu, efficiency),
-    )
+    dense = dense_us(gpu, efficiency, gemm.flops, size, gemm.elements)
     if not gemm.prunable:
         return GemmTime(gemm, dense)
     columns = gemm.fold_elements or result
-    sparse = max(
-        gemm.flops / (gpu.sparse_tflops * 1e6 * efficiency.sparse.at(size)),
-        _stream(PACKED_BYTES * left + BYTES * (right + columns), gpu, efficiency),
-    )
-    pack = _stream((BYTES + PACKED_BYTES) * left, gpu, efficiency) + efficiency.launch_us
+    sparse = sparse_us(gpu, efficiency, gemm.flops, size, (left, right, columns))
     fold = 0.0
     if gemm.fold_elements:
-        fold = _stream(BYTES * (columns + result), gpu, efficiency) + efficiency.launch_us
-    return GemmTime(gemm, dense, pack, sparse, fold)
-
-
-def _stream(nbytes: float, gpu: GPU, efficiency: Efficiency) -> float:
-    """Microseconds to move ``nbytes`` at the bandwidth that streaming kernels reach."""
-    return nbytes / (gpu.bandwidth * 1e3 * efficiency.bandwidth)
+        fold = stream_us(gpu, efficiency, BYTES * (columns + result)) + efficiency.launch_us
+    return GemmTime(gemm, dense, pack_us(gpu, efficiency, left), sparse, fold)
 
 
 @dataclass(frozen=True)
@@ -128,7 +114,7 @@ class Forecast:
 def forecast(trace: Trace, gpu: GPU, efficiency: Efficiency) -> Forecast:
     """Predict every GEMM of ``trace`` on ``gpu``."""
     times = tuple(gemm_time(gemm, gpu, efficiency) for gemm in trace.gemms)
-    other = STEP_TO_FORWARD * _stream(trace.other_bytes, gpu, efficiency)
+    other = STEP_TO_FORWARD * stream_us(gpu, efficiency, trace.other_bytes)
     return Forecast(gpu, efficiency, times, other)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sdgp_cusparselt import packing
 from sdgp_cusparselt.arrays import like, to_tensor
-from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.plans import (
     DATA_TYPES,
@@ -18,11 +17,12 @@ from sdgp_cusparselt.backends.plans import (
     STRUCTURED_MULTIPLE,
     dense_order,
     is_capturing,
+    on_device,
 )
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError, value_error
 from sdgp_cusparselt.packing import MetadataLayout, Packed24
-from sdgp_cusparselt.products.dispatch import BACKENDS
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.tuning import decision_for
 
 #: Prove the library's default algorithm right, time nothing.
@@ -66,14 +66,15 @@ def pack(
     if layout is None and tensor.ndim == 2:
         rows, cols = tensor.shape[::-1] if transpose else tensor.shape
         layout = library_layout(rows, cols, tensor.dtype, tensor.device)
-    return packing.pack(
-        tensor,
-        method=method,
-        transpose=transpose,
-        backend=backend,
-        generator=generator,
-        layout=layout,
-    )
+    with on_device(tensor.device):  # the kernel starts on the current device
+        return packing.pack(
+            tensor,
+            method=method,
+            transpose=transpose,
+            backend=backend,
+            generator=generator,
+            layout=layout,
+        )
 
 
 def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
@@ -98,12 +99,9 @@ def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
         rule = "'auto', 'cusparselt' or 'dense'"
         raise value_error("matmul", "backend", rule, repr(backend), "Pick one.")
     right = to_tensor(dense, "matmul", "dense")
-    library = _library()
-    if backend == "dense" or library is None:
-        if backend == "cusparselt":
-            raise NotSupportedError("matmul: no cuSPARSELt backend is registered.")
+    if backend == "dense":
         return like(dense, packing.matmul(packed, right))
-    reasons = _reasons(library, packed, right)
+    library, reasons = routes.LIBRARY, _reasons(packed, right)
     if not reasons:
         gemm = _gemm(packed, right)
         decision = decision_for(
@@ -117,7 +115,7 @@ def matmul(packed: Packed24, dense: Any, *, backend: str = "auto") -> Any:
         candidate = decision.candidate if decision.use == "sparse" else None
         if candidate is None:
             reasons = [decision.reason]
-        elif library.certificate(gemm, candidate).layout != packed.layout:
+        elif not _reads(library.certificate(gemm, candidate).layout, packed):
             reasons = ["the library reads another metadata order; pack with layout=None"]
         else:
             return like(dense, library.matmul(packed.buffer, right, gemm, candidate))
@@ -141,17 +139,12 @@ def library_layout(
     Returns:
         The order, or None: no library, no device for it, another dtype, or no proof.
     """
-    library = _library()
-    if library is None or library.machine_reasons() or device.type != library.machine.device_type:
-        return None
-    if dtype not in DATA_TYPES or cols % STRUCTURED_MULTIPLE or not rows:
+    library = routes.LIBRARY
+    fits = dtype in DATA_TYPES and cols % STRUCTURED_MULTIPLE == 0 and rows > 0
+    if not fits or library.machine_reasons(device):
         return None
     gemm = Gemm(rows, STRUCTURED_MULTIPLE, cols, dtype, "row", device)
     return library.certificate(gemm, Candidate(0)).layout
-
-
-def _library() -> CusparseLtBackend | None:
-    return next((b for b in BACKENDS if isinstance(b, CusparseLtBackend)), None)
 
 
 def _gemm(packed: Packed24, dense: Tensor) -> Gemm:
@@ -159,12 +152,14 @@ def _gemm(packed: Packed24, dense: Tensor) -> Gemm:
     return Gemm(m, n, k, packed.dtype, dense_order(dense) or "row", dense.device)
 
 
-def _reasons(library: CusparseLtBackend, packed: Packed24, dense: Tensor) -> list[str]:
-    reasons = library.machine_reasons()
+def _reads(layout: MetadataLayout | None, packed: Packed24) -> bool:
+    return layout is not None and layout.reads_as(packed.layout, *packed.padded_shape)
+
+
+def _reasons(packed: Packed24, dense: Tensor) -> list[str]:
+    reasons = routes.LIBRARY.machine_reasons(dense.device)
     if reasons:
         return reasons
-    if dense.device.type != library.machine.device_type:
-        return [f"the operands are on {dense.device}, not on {library.machine.device_type}"]
     reasons = []
     if packed.dtype not in DATA_TYPES:
         reasons.append(f"{packed.dtype} is neither bfloat16 nor float16")

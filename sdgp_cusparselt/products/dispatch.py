@@ -1,258 +1,201 @@
-"""Which way a product runs, why not another, and who was told."""
+"""Run a product by the call that was prepared for its like; prepare it where there is none."""
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends.base import Backend, Problem
-from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
-from sdgp_cusparselt.backends.dense import DenseBackend, pruned_gradient
-from sdgp_cusparselt.backends.gemm import Candidate
+from sdgp_cusparselt.backends.base import ConvGeometry, method_of
 from sdgp_cusparselt.backends.plans import is_capturing
-from sdgp_cusparselt.errors import EquivalenceError, NotSupportedError, SDGPFallbackWarning
+from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.config.patterns import STOCHASTIC
+from sdgp_cusparselt.errors import CusparseLtError, EquivalenceError, PlanStateError
+from sdgp_cusparselt.products import announce, prepared
 from sdgp_cusparselt.products.checks import fault
+from sdgp_cusparselt.products.operands import (
+    LinearGradInput,
+    LinearGradWeight,
+    Operands,
+    conv_layer_keys,
+    linear_layer_keys,
+)
+from sdgp_cusparselt.products.prepared import Key, PreparedCall
+from sdgp_cusparselt.products.sparse import SparseProduct
 from sdgp_cusparselt.recording.records import LayerRecord
 from sdgp_cusparselt.recording.spans import sample_gradient, sampling, span
-from sdgp_cusparselt.tuning import Decision, Rival, decision_for, note
+from sdgp_cusparselt.tuning import recorder
 
-#: In order of preference; the last one runs everything.
-BACKENDS: list[Backend] = [CusparseLtBackend(), DenseBackend()]
-#: Name under which a gradient that was left unpruned, because that is faster, is counted.
-UNPRUNED = "unpruned"
-#: Routes that a record keeps; a run with ever new shapes starts over instead of growing.
-MAX_ROUTES = 1024
-
-_machine_announced: set[str] = set()
+#: What ends a sparse product that runs: the product is computed plainly in the same call.
+FAILURES = (CusparseLtError, torch.OutOfMemoryError)
 
 
-class BackendStatus(NamedTuple):
-    """One line of ``backend_status()``."""
-
-    name: str
-    available: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Ways:
-    """Every way of computing one product; nothing runs before it is called.
-
-    Attributes:
-        pruned: (backend, candidate) -> the product of the pruned gradient.
-        unpruned: () -> the plain dense product.
-        operands: () -> (left, right), the matrices that the sparse product multiplies.
-        rival: () -> what the sparse path has to beat.
-        grad_output: the gradient as it came.
-    """
-
-    pruned: Callable[[Backend, Candidate | None], Tensor]
-    unpruned: Callable[[], Tensor]
-    operands: Callable[[], tuple[Tensor, Tensor]]
-    rival: Callable[[], Rival]
-    grad_output: Tensor
-
-
-class Route(NamedTuple):
-    """The way that is taken, and each preferred backend's reasons for not being it."""
-
-    backend: Backend | None
-    candidate: Candidate | None
-    rejected: dict[str, list[str]]
-
-    @property
-    def name(self) -> str:
-        """Name of the way in counts and tables."""
-        return UNPRUNED if self.backend is None else self.backend.name
-
-
-def backend_status() -> list[BackendStatus]:
-    """Return, for every backend in order of preference, whether this machine can run it and why."""
-    return [
-        BackendStatus(b.name, not reasons, "; ".join(reasons) or "available")
-        for b in BACKENDS
-        for reasons in [b.machine_reasons()]
-    ]
-
-
-def run(problem: Problem, record: LayerRecord, ways: Ways) -> Tensor:
+def run(
+    operands: Operands, config: SDGPConfig, record: LayerRecord, *, unwatched: bool = False
+) -> Tensor:
     """Compute a product the best way that is allowed, and count it.
 
     Args:
-        problem: shapes, dtype, device and the user's choices.
+        operands: of the product.
+        config: how to prune, and what is allowed.
         record: of the layer.
-        ways: how to compute it.
+        unwatched: whether nothing is to be sampled or checked, whatever config says.
 
     Returns:
         The product.
 
     Raises:
-        NotSupportedError, EquivalenceError: see ``settle``.
+        NotSupportedError: it cannot go the wanted way and ``on_unsupported`` is "raise".
+        EquivalenceError: a sparse product failed its check and ``on_unsupported`` is "raise".
     """
-    return compute(problem, settle(problem, record, ways), record, ways)
+    key = (operands.key(), config.text)
+    call = prepared.calls.single.get(key)
+    if call is None or call.uses < 1 or record.broken:
+        call = prepared.prepare(key, operands, config, record)
+    if (call.watched or recorder.ACTIVE) and not unwatched:
+        return _watched(call, operands, config, record)
+    try:
+        product = call.run(operands)
+    except PlanStateError:  # the plan was evicted
+        prepared.drop(key)
+    except FAILURES as error:
+        if call.sparse is None:
+            raise
+        prepared.bar(key, error)
+    else:
+        call.count(record)
+        return product
+    return run(operands, config, record, unwatched=True)
 
 
-def settle(problem: Problem, record: LayerRecord, ways: Ways) -> Route:
-    """Return the way that a call takes, counted, announced and, where it is due, checked.
+def run_both(
+    first: LinearGradInput, second: LinearGradWeight, config: SDGPConfig, record: LayerRecord
+) -> tuple[Tensor, Tensor]:
+    """Compute both products of a linear layer, from one read of the gradient if both run sparse.
+
+    Args:
+        first: operands of grad_input.
+        second: operands of grad_weight, from the same gradient.
+        config: how to prune for each.
+        record: of the layer.
 
     Raises:
-        NotSupportedError: if the wanted backend cannot run it and ``on_unsupported`` is "raise".
-        EquivalenceError: likewise, if a sparse product fails its check.
+        NotSupportedError, EquivalenceError: see ``run``.
     """
-    route = record.routes.get(problem)
-    if route is None:
-        route = route_of(problem, record, ways)
-    announce(problem, route, record)
-    every, number = problem.config.check_every, record.calls[problem.product, route.name]
-    if every and (number - 1) % every == 0 and not _holds(problem, route, record, ways):
-        return settle(problem, record, ways)
-    return route
+    key = (first.key(), second.key(), config.text)
+    pair = prepared.calls.both.get(key)
+    if pair is None:
+        pair = prepared.prepare_both(key, first, second, config)
+    if pair is not None and not record.broken and not recorder.ACTIVE:
+        try:
+            products = pair(first, second)
+        except PlanStateError:
+            prepared.drop(key)
+        except FAILURES as error:
+            prepared.bar(key, error)
+        else:
+            record.calls["grad_input", "sparse"] += 1
+            record.calls["grad_weight", "sparse"] += 1
+            return products
+    return run(first, config, record), run(second, config, record)
 
 
-def compute(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> Tensor:
-    """Compute a product by a settled route, sampled where that is due."""
-    samples, of = record.samples, problem.product
-    if not samples.due(of, problem.config.telemetry_every, problem.device):
-        return _computed(route, ways)
-    if route.backend is not None:
-        gradient, draws = ways.grad_output, samples.draws if problem.draws else 1
-        pruned = partial(pruned_gradient, problem, gradient)
-        sample_gradient(samples, of, gradient, pruned, draws=draws)
-    with sampling(samples, of), span("total", problem.device):
-        return _computed(route, ways)
+def linear_is_plain(
+    input: Tensor, weight: Tensor, dtype: torch.dtype, config: SDGPConfig, record: LayerRecord
+) -> bool:
+    """Whether all that a linear layer prunes is known to run plain, and count it if so.
+
+    A layer's forward asks; on yes torch's own linear and its backward are all there is to run.
+    Reasons that may pass are looked at again after some calls: the answer is no then.
+
+    Args:
+        input: [..., in_features], before autocast.
+        weight: [out_features, in_features], before autocast.
+        dtype: in which the products run.
+        config: how to prune.
+        record: of the layer.
+    """
+    return _all_plain(linear_layer_keys(input, weight, dtype), config, record)
 
 
-def _computed(route: Route, ways: Ways) -> Tensor:
-    if route.backend is None:
-        with span("dense", ways.grad_output.device):
-            return ways.unpruned()
-    return ways.pruned(route.backend, route.candidate)
+def conv2d_is_plain(
+    input: Tensor,
+    weight: Tensor,
+    conv: ConvGeometry,
+    dtype: torch.dtype,
+    config: SDGPConfig,
+    record: LayerRecord,
+) -> bool:
+    """Whether all that a convolution prunes is known to run plain; see ``linear_is_plain``.
+
+    Args:
+        input: [N, in_channels, H, W], before autocast.
+        weight: [out_channels, in_channels / groups, kH, kW], before autocast.
+        conv: stride, padding, dilation, groups.
+        dtype: in which the products run.
+        config: how to prune.
+        record: of the layer.
+    """
+    return _all_plain(conv_layer_keys(input, weight, conv, dtype), config, record)
 
 
-def route_of(problem: Problem, record: LayerRecord, ways: Ways) -> Route:
-    """Return the way that a problem takes, and remember it where it will not change.
+def forget() -> None:
+    """Forget every prepared call, in every thread, and what was announced."""
+    prepared.forget()
+    announce.forget()
+
+
+def _all_plain(keys: tuple[Key, Key], config: SDGPConfig, record: LayerRecord) -> bool:
+    if record.broken or recorder.ACTIVE:
+        return False
+    wanted = keys if config.grad_weight == "sparse" else keys[:1]
+    found = [prepared.plain_call((*key, config.text)) for key in wanted]
+    known = [call for call in found if call is not None and not call.watched]
+    if len(known) < len(wanted):
+        return False
+    for call in known:
+        call.count(record)
+    return True
+
+
+def _watched(
+    call: PreparedCall, operands: Operands, config: SDGPConfig, record: LayerRecord
+) -> Tensor:
+    """Compute a product whose shape is recorded, or that may be due for a check or a sample."""
+    if call.asked is not None:
+        gemm, method, transpose, rival = call.asked
+        recorder.note(gemm, method=method, transpose=transpose, rival=rival)
+    product, samples, due = operands.product, record.samples, config.check_every
+    if due and call.sparse is not None and record.calls[call.counted] % due == 0:
+        _check(call.sparse, operands, config, record)
+    device = operands.grad_output.device
+    if not samples.due(product, config.telemetry_every, device):
+        return run(operands, config, record, unwatched=True)
+    plain = call.way == "plain"
+    if not plain:
+        draws = samples.draws if method_of(product, config) in STOCHASTIC else 1
+        pruned = partial(operands.pruned, config)
+        sample_gradient(samples, product, operands.grad_output, pruned, draws=draws)
+    with sampling(samples, product), span("total", device):
+        # The other ways time their own parts.
+        with span("dense", device) if plain else nullcontext():
+            return run(operands, config, record, unwatched=True)
+
+
+def _check(
+    sparse: SparseProduct, operands: Operands, config: SDGPConfig, record: LayerRecord
+) -> None:
+    """Check a sparse product against the dense one; where it fails, bar the layer from it.
 
     Raises:
-        NotSupportedError: see ``run``.
+        EquivalenceError: it failed, and going another way is forbidden.
     """
-    route, final = _first_supported(problem, record), True
-    if isinstance(route.backend, CusparseLtBackend):
-        route, final = _decided(problem, route.backend, ways)
-    if route.rejected and problem.config.on_unsupported == "raise":
-        raise NotSupportedError(_no_backend(problem, route.rejected))
-    if final:
-        if len(record.routes) >= MAX_ROUTES:
-            record.routes.clear()
-        record.routes[problem] = route
-    return route
-
-
-def _first_supported(problem: Problem, record: LayerRecord) -> Route:
-    config, rejected = problem.config, dict[str, list[str]]()
-    for backend in BACKENDS:
-        if backend.name != "dense" and config.backend not in ("auto", backend.name):
-            continue
-        reasons = backend.not_supported_reasons(problem)
-        if not reasons and backend.name != "dense" and problem.product in record.broken:
-            reasons = [record.broken[problem.product]]
-        if not reasons:
-            return Route(backend, None, rejected)
-        rejected[backend.name] = reasons
-    raise NotSupportedError(_no_backend(problem, rejected))
-
-
-def _decided(problem: Problem, backend: CusparseLtBackend, ways: Ways) -> tuple[Route, bool]:
-    """Return the way that tuning chose, and whether it will stay so."""
-    config = problem.config
-    decision = _decision(problem, backend, ways)
-    forced = config.backend == backend.name
-    if decision.candidate is not None and (decision.use == "sparse" or forced):
-        return Route(backend, decision.candidate, {}), True
-    dense = BACKENDS[-1]
-    if decision.sparse_us is not None:  # right, but measured slower
-        return Route(None if config.on_slower == "dense" else dense, None, {}), True
-    return Route(dense, None, {backend.name: [decision.reason]}), not decision.transient
-
-
-def _decision(problem: Problem, backend: CusparseLtBackend, ways: Ways) -> Decision:
-    config, rival = problem.config, ways.rival()
-    transpose = problem.product == "grad_weight"
-    method = config.grad_weight_prune if transpose else config.prune
-    if (config.n, config.m) != (2, 4):
-        method = "none"  # pruned beforehand, packed as it is
-    gemm = backend.gemm_of(problem)
-    note(gemm, method=method, transpose=transpose, rival=rival.name)
-    return decision_for(
-        gemm,
-        backend,
-        config,
-        method=method,
-        transpose=transpose,
-        capturing=is_capturing(problem.device),
-        rival=rival,
-    )
-
-
-def _holds(problem: Problem, route: Route, record: LayerRecord, ways: Ways) -> bool:
-    """Check a sparse product; where it fails, bar the layer from it.
-
-    Raises:
-        EquivalenceError: it failed, and falling back is forbidden.
-    """
-    backend, candidate = route.backend, route.candidate
-    if not isinstance(backend, CusparseLtBackend) or candidate is None:
-        return True
-    if is_capturing(problem.device):
-        return True
-    found = fault(problem, backend, candidate, *ways.operands())
+    if is_capturing(operands.grad_output.device):
+        return
+    found = fault(sparse, operands)
     if found is None:
-        return True
+        return
     reason = f"it failed a check against dense: {found}"
-    record.broken[problem.product] = reason
-    record.routes.clear()
-    if problem.config.on_unsupported == "raise":
-        raise EquivalenceError(f"{record.name}: {problem.product} is not used: {reason}")
-    return False
-
-
-def _no_backend(problem: Problem, rejected: dict[str, list[str]]) -> str:
-    lines = [f"No backend that was asked for can run this product:\n{problem.describe()}"]
-    for name, reasons in rejected.items():
-        lines.append(f"{name} is out because:")
-        lines += [f"  - {reason}" for reason in reasons]
-    lines.append('SDGPConfig(on_unsupported="dense") runs it densely and says so.')
-    return "\n".join(lines)
-
-
-def announce(problem: Problem, route: Route, record: LayerRecord) -> None:
-    """Count the call and its fallbacks; warn the first time a layer meets a reason.
-
-    Where a backend cannot run on this machine at all and the user asked for "auto", one warning
-    stands for all layers: they asked for whatever this machine has.
-    """
-    record.calls[problem.product, route.name] += 1
-    for name, reasons in route.rejected.items():
-        for reason in reasons:
-            key = (problem.product, name, reason)
-            record.fallbacks[key] += 1
-            if record.fallbacks[key] == 1:
-                _warn(problem, name, reason, record)
-
-
-def _warn(problem: Problem, name: str, reason: str, record: LayerRecord) -> None:
-    backend = next(b for b in BACKENDS if b.name == name)
-    where = f"{record.name}: {problem.product}"
-    if problem.config.backend == "auto" and reason in backend.machine_reasons():
-        if reason in _machine_announced:
-            return
-        _machine_announced.add(reason)
-        where = "every layer"
-    warnings.warn(
-        f"{where} runs on the dense backend instead of {name}: {reason}. The numbers are the "
-        'same, the speed is not; SDGPConfig(on_unsupported="raise") forbids it.',
-        SDGPFallbackWarning,
-        stacklevel=2,
-    )
+    record.broken[operands.product] = reason
+    if config.on_unsupported == "raise":
+        raise EquivalenceError(f"{record.name}: {operands.product} is not used: {reason}")

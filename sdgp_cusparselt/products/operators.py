@@ -5,13 +5,15 @@ mode. A configuration travels as text and a layer's record as its token, because
 only tensors, numbers and strings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.pack import matmul as _matmul
 from sdgp_cusparselt.packing.pack import pack as _pack
@@ -20,11 +22,43 @@ from sdgp_cusparselt.products import backward as products
 from sdgp_cusparselt.pruning import methods as _pruning
 from sdgp_cusparselt.recording.records import record_of
 
+# Defined by hand and not by torch.library.custom_op, whose wrappers cost 60 us a call.
+_LIBRARY = torch.library.Library("sdgp", "DEF")  # type: ignore[no-untyped-call]
 # random and mvue draw from torch's generator, so the compiler must not merge or repeat calls.
-_TAGS = (torch.Tag.nondeterministic_seeded,)
+_DRAWS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 
 
-@torch.library.custom_op("sdgp::prune", mutates_args=(), tags=_TAGS)
+def _operator(
+    fake: Callable[..., Any], tags: Sequence[torch.Tag] = _DRAWS
+) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator that makes an operator of a function, and of ``fake`` its shapes."""
+
+    def define(kernel: Callable[..., Any]) -> Any:
+        name = kernel.__name__
+        schema = torch.library.infer_schema(kernel, mutates_args=())
+        _LIBRARY.define(name + schema, tags=tuple(tags))  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"sdgp::{name}", fake, lib=_LIBRARY)
+        torch.library.register_autograd(f"sdgp::{name}", _not_differentiable, lib=_LIBRARY)
+        return getattr(torch.ops.sdgp, name).default
+
+    return define
+
+
+def _not_differentiable(ctx: Any, *grads: Tensor) -> None:
+    raise SDGPError(
+        "SDGP: an operator was differentiated, but a pruned gradient is not the derivative of any "
+        "function. Call it under torch.no_grad(), or on tensors that require no gradient."
+    )
+
+
+def _prune_fake(
+    x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: Sequence[int] | None = None
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_operator(_prune_fake)
 def prune(
     x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: Sequence[int] | None = None
 ) -> Tensor:
@@ -33,14 +67,13 @@ def prune(
     return pruned.clone() if pruned is x else pruned
 
 
-@prune.register_fake
-def _(
-    x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: Sequence[int] | None = None
-) -> Tensor:
-    return torch.empty_like(x)
+def _pack_fake(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
+    rows, cols = x.shape[::-1] if transpose else x.shape
+    size = buffer_nbytes((rows, cols), x.dtype, MetadataLayout.from_json(layout))
+    return x.new_empty(size, dtype=torch.uint8)
 
 
-@torch.library.custom_op("sdgp::pack", mutates_args=(), tags=_TAGS)
+@_operator(_pack_fake)
 def pack(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
     """Return the buffer of ``sdgp.pack(x)``: values and metadata, uint8.
 
@@ -54,14 +87,11 @@ def pack(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
     return _pack(x, method=method, transpose=transpose, layout=order).buffer
 
 
-@pack.register_fake
-def _(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
-    rows, cols = x.shape[::-1] if transpose else x.shape
-    size = buffer_nbytes((rows, cols), x.dtype, MetadataLayout.from_json(layout))
-    return x.new_empty(size, dtype=torch.uint8)
+def _matmul_fake(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
+    return dense.new_empty((rows, dense.shape[1]))
 
 
-@torch.library.custom_op("sdgp::matmul", mutates_args=())
+@_operator(_matmul_fake, (torch.Tag.pt2_compliant_tag,))
 def matmul(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
     """Return packed @ dense: [rows, K] @ [K, N] -> [rows, N].
 
@@ -76,12 +106,11 @@ def matmul(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
     return product
 
 
-@matmul.register_fake
-def _(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
-    return dense.new_empty((rows, dense.shape[1]))
+def _linear_grad_input_fake(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
+    return grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
 
 
-@torch.library.custom_op("sdgp::linear_grad_input", mutates_args=(), tags=_TAGS)
+@_operator(_linear_grad_input_fake)
 def linear_grad_input(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output) @ weight: [..., K] @ [K, N] -> [..., N], contiguous."""
     result = products.linear_grad_input(
@@ -90,12 +119,11 @@ def linear_grad_input(grad_output: Tensor, weight: Tensor, config: str, token: i
     return result.contiguous()
 
 
-@linear_grad_input.register_fake
-def _(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
-    return grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
+def _linear_grad_weight_fake(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
+    return grad_output.new_empty((grad_output.shape[1], input.shape[1]))
 
 
-@torch.library.custom_op("sdgp::linear_grad_weight", mutates_args=(), tags=_TAGS)
+@_operator(_linear_grad_weight_fake)
 def linear_grad_weight(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
     result = products.linear_grad_weight(
@@ -104,12 +132,14 @@ def linear_grad_weight(grad_output: Tensor, input: Tensor, config: str, token: i
     return result.contiguous()
 
 
-@linear_grad_weight.register_fake
-def _(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
-    return grad_output.new_empty((grad_output.shape[1], input.shape[1]))
+def _linear_grads_fake(
+    grad_output: Tensor, weight: Tensor, input: Tensor, config: str, token: int
+) -> tuple[Tensor, Tensor]:
+    grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
+    return grad_input, grad_output.new_empty((weight.shape[0], input.shape[1]))
 
 
-@torch.library.custom_op("sdgp::linear_grads", mutates_args=(), tags=_TAGS)
+@_operator(_linear_grads_fake)
 def linear_grads(
     grad_output: Tensor, weight: Tensor, input: Tensor, config: str, token: int
 ) -> tuple[Tensor, Tensor]:
@@ -120,15 +150,18 @@ def linear_grads(
     return grad_input.contiguous(), grad_weight.contiguous()
 
 
-@linear_grads.register_fake
-def _(
-    grad_output: Tensor, weight: Tensor, input: Tensor, config: str, token: int
-) -> tuple[Tensor, Tensor]:
-    grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
-    return grad_input, grad_output.new_empty((weight.shape[0], input.shape[1]))
+def _conv2d_grad_input_fake(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_like: Tensor,
+    geometry: Sequence[int],
+    config: str,
+    token: int,
+) -> Tensor:
+    return torch.empty_like(input_like)
 
 
-@torch.library.custom_op("sdgp::conv2d_grad_input", mutates_args=(), tags=_TAGS)
+@_operator(_conv2d_grad_input_fake)
 def conv2d_grad_input(
     grad_output: Tensor,
     weight: Tensor,
@@ -150,19 +183,18 @@ def conv2d_grad_input(
     return result if result.stride() == like.stride() else like.copy_(result)
 
 
-@conv2d_grad_input.register_fake
-def _(
+def _conv2d_grad_weight_fake(
     grad_output: Tensor,
+    input: Tensor,
     weight: Tensor,
-    input_like: Tensor,
     geometry: Sequence[int],
     config: str,
     token: int,
 ) -> Tensor:
-    return torch.empty_like(input_like)
+    return torch.empty_like(weight)
 
 
-@torch.library.custom_op("sdgp::conv2d_grad_weight", mutates_args=(), tags=_TAGS)
+@_operator(_conv2d_grad_weight_fake)
 def conv2d_grad_weight(
     grad_output: Tensor,
     input: Tensor,
@@ -182,18 +214,6 @@ def conv2d_grad_weight(
     )
     like = torch.empty_like(weight)
     return result if result.stride() == like.stride() else like.copy_(result)
-
-
-@conv2d_grad_weight.register_fake
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    geometry: Sequence[int],
-    config: str,
-    token: int,
-) -> Tensor:
-    return torch.empty_like(weight)
 
 
 def flat_geometry(conv: ConvGeometry) -> list[int]:

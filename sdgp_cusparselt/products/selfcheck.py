@@ -1,22 +1,34 @@
-"""Does a backend compute what float64 says? One product of one layer at a time."""
+"""Does a way compute what float64 says? One product of one layer at a time."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends.base import Backend, ConvGeometry, Problem, Product
-from sdgp_cusparselt.backends.dense import (
-    dense_conv2d_grad_input,
-    dense_conv2d_grad_parameters,
-    pruned_gradient,
-)
+from sdgp_cusparselt.backends.base import ConvGeometry, Product, Way
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.equivalence import compare, product_bound
+from sdgp_cusparselt.products import routes
+from sdgp_cusparselt.products.operands import (
+    Conv2dGradInput,
+    Conv2dGradWeight,
+    LinearGradInput,
+    LinearGradWeight,
+    Operands,
+)
+from sdgp_cusparselt.products.sparse import sparse_product
 
 #: Deterministic pruning, so that there is one right result.
 CONFIG = SDGPConfig(prune="magnitude", grad_weight="sparse", grad_weight_prune="magnitude")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+COMPUTE: dict[Way, Callable[[Operands], Tensor]] = {
+    "sparse": lambda operands: sparse_product(routes.LIBRARY, operands, CONFIG),
+    "plain": lambda operands: operands.plain(),
+    "emulated": lambda operands: operands.emulated(CONFIG),
+}
+WAYS: tuple[Way, ...] = ("sparse", "emulated")
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,15 @@ _EDGE = 9
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one backend did with one case.
+    """What one way did with one case.
 
     Attributes:
-        backend, case, product, dtype, device: what was run, in words.
+        way, case, product, dtype, device: what was run, in words.
         status: ok, MISMATCH or "not run".
         detail: which element is worst, or why it was not run.
     """
 
-    backend: str
+    way: str
     case: str
     product: str
     dtype: str
@@ -76,69 +88,60 @@ class Outcome:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Operands of a case on the CPU, and the problem that they make."""
-
-    problem: Problem
-    grad_output: Tensor
-    weight: Tensor
-    input: Tensor
-
-
-def check(
-    backend: Backend, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> Outcome:
-    """Return how one backend's product compares with float64 on the CPU.
+def check(way: Way, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Outcome:
+    """Return how a product computed in one way compares with float64 on the CPU.
 
     Args:
-        backend: what computes.
+        way: sparse, plain or emulated.
         case: which product, of which layer.
         dtype: of the operands.
-        device: where the backend's operands are.
+        device: where the operands are that it gets.
         seed: of the data.
 
     Returns:
-        Outcome: "not run" with the reasons where the backend does not support the case.
+        Outcome: "not run" with the reasons where the case cannot run sparse.
     """
-    line = (backend.name, case.name, case.product, str(dtype).removeprefix("torch."), str(device))
-    layer = _layer(case, dtype, device, torch.Generator().manual_seed(seed))
-    reasons = backend.not_supported_reasons(layer.problem)
-    if reasons:
+    line = (way, case.name, case.product, str(dtype).removeprefix("torch."), str(device))
+    here = _operands(case, dtype, torch.Generator().manual_seed(seed))
+    there = _map(here, lambda x: x.to(device))
+    problem = there.problem(CONFIG)
+    if way == "sparse" and (reasons := routes.LIBRARY.not_supported_reasons(problem)):
         return Outcome(*line, "not run", "; ".join(reasons))
-    result = _computed(backend, layer, device).cpu().double()
-    pruned = pruned_gradient(layer.problem, layer.grad_output).double()
-    weight, input = layer.weight.double(), layer.input.double()
-    exact = _exact(layer.problem, pruned, weight, input)
-    size = _exact(layer.problem, pruned.abs(), weight.abs(), input.abs())
+    result = COMPUTE[way](there).cpu().double()
+    gradient = here.grad_output if way == "plain" else here.pruned(CONFIG)
+    wide = _map(replace(here, grad_output=gradient), lambda x: x.double())
+    exact, size = wide.plain(), _map(wide, lambda x: x.abs()).plain()
     # A k x k convolution rounds every tap and then their sum; tokens past a multiple of 16 are a
     # second product. Both are at most two roundings of |a| @ |b|.
     plain = not case.kernel and case.product == "grad_input"
-    reduced = layer.problem.k * (case.kernel**2 or 1)
+    reduced = problem.k * (case.kernel**2 or 1)
     bound = product_bound(size, exact, reduced, dtype, roundings=1 if plain else 2)
     found = compare(result.to(dtype), exact, bound)
     return Outcome(*line, "MISMATCH" if found else "ok", found.describe() if found else "")
 
 
-def _layer(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> _Layer:
-    conv, output, weight, input = None, *_linear_shapes(case)
-    if case.kernel:
-        pad = case.kernel // 2
-        conv = ConvGeometry((case.stride, case.stride), (pad, pad), (1, 1), 1)
-        output, weight, input = _conv_shapes(case, pad)
-    operands = [torch.randn(s, generator=generator).to(dtype) for s in (output, weight, input)]
-    if conv is not None:
-        operands = [t.to(memory_format=torch.channels_last) for t in operands]
-    rows = operands[0].numel() // case.outputs
-    columns = operands[1][0].numel()
-    sizes = (rows, columns, case.outputs)
-    if case.product == "grad_weight":
-        sizes = (case.outputs, columns, rows)
-    kernel = (case.kernel or 1, case.kernel or 1)
-    problem = Problem(case.product, *sizes, dtype, device, CONFIG, conv, kernel)
-    return _Layer(problem, *operands)
+def _map(operands: Operands, change: Callable[[Tensor], Tensor]) -> Operands:
+    """Return the same product of tensors that ``change`` made."""
+    changed: dict[str, Any] = {f.name: getattr(operands, f.name) for f in fields(operands)}
+    for name, given in changed.items():
+        changed[name] = change(given) if isinstance(given, Tensor) else given
+    return type(operands)(**changed)
+
+
+def _operands(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Operands:
+    pad = case.kernel // 2
+    shapes = _conv_shapes(case, pad) if case.kernel else _linear_shapes(case)
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    if not case.kernel:
+        output, weight, input = made
+        if case.product == "grad_input":
+            return LinearGradInput(output, weight)
+        return LinearGradWeight(output, input)
+    output, weight, input = (x.to(memory_format=torch.channels_last) for x in made)
+    conv = ConvGeometry((case.stride, case.stride), (pad, pad), (1, 1), 1)
+    if case.product == "grad_input":
+        return Conv2dGradInput(output, weight, input, conv)
+    return Conv2dGradWeight(output, input, weight, conv)
 
 
 def _linear_shapes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -153,31 +156,3 @@ def _conv_shapes(case: Case, pad: int) -> tuple[tuple[int, ...], tuple[int, ...]
         (case.outputs, case.inputs, case.kernel, case.kernel),
         (case.tokens, case.inputs, _EDGE, _EDGE),
     )
-
-
-def _computed(backend: Backend, layer: _Layer, device: torch.device) -> Tensor:
-    grad_output, weight, input = (
-        t.to(device) for t in (layer.grad_output, layer.weight, layer.input)
-    )
-    problem, conv = layer.problem, layer.problem.conv
-    if conv is None and problem.product == "grad_input":
-        return backend.linear_grad_input(grad_output, weight, CONFIG)
-    if conv is None:
-        return backend.linear_grad_weight(grad_output, input, CONFIG)
-    if problem.product == "grad_input":
-        return backend.conv2d_grad_input(grad_output, weight, input, conv, CONFIG)
-    return backend.conv2d_grad_weight(grad_output, input, weight, conv, CONFIG)
-
-
-def _exact(problem: Problem, grad_output: Tensor, weight: Tensor, input: Tensor) -> Tensor:
-    """Return the product in float64 from a gradient that is pruned already."""
-    conv = problem.conv
-    if conv is None and problem.product == "grad_input":
-        return grad_output @ weight
-    if conv is None:
-        return grad_output.t() @ input
-    if problem.product == "grad_input":
-        return dense_conv2d_grad_input(grad_output, weight, input, conv)
-    grads = dense_conv2d_grad_parameters(grad_output, input, weight, conv, (True, False))
-    assert grads[0] is not None  # it was asked for
-    return grads[0]

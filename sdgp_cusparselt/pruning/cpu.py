@@ -1,91 +1,122 @@
-"""Magnitude pruning of groups of four on a CPU, where torch's time goes into memory.
+"""The blocked ways of a CPU: groups of four, a block at a time, in scratch that each thread keeps.
 
-A chunk at a time, in scratch that each thread keeps (5 MB for float32): every temporary of whole
-size would be fresh pages from the kernel. The masks of a group are the four bytes of one 32-bit
-word, so that they are computed for four elements at once and never interleaved.
+Every temporary of whole size would be fresh pages from the kernel, which cost more than the
+arithmetic. A block's members are copied into four rows (``fours``), and its result is copied out.
 """
 
-import sys
-import threading
-from itertools import combinations
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-#: Groups per chunk: scratch of some megabytes, which a core's cache holds.
-CHUNK = 1 << 17
-_LANES = 0x01010101
-_PAIRS = tuple(combinations(range(4), 2))
+from sdgp_cusparselt.pruning import fours, plain
+from sdgp_cusparselt.pruning.bits import BITS
 
-
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.kept: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-
-_local = _Local()
+#: Elements at a time of what has no way of its own: its temporaries are some bytes an element each.
+PLAIN_ELEMENTS = 1 << 14
+_DRAWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_RANKED_DTYPES = (*_DRAWN_DTYPES, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def usable(groups: Tensor, at: int) -> bool:
-    """Whether ``top_of_four`` takes these groups: on a CPU, in eager mode, members adjacent."""
+def takes(groups: Tensor, at: int, method: str, n: int) -> bool:
+    """Whether ``prune_fours`` has a way for these groups: plain tensors on a CPU, run eagerly.
+
+    Scratch is written in place and read back: to a tracer, a subclass or a mode that watches
+    operations it would be a constant, or state that leaks from one call into the next.
+    """
+    dtypes = _RANKED_DTYPES if method == "magnitude" else _DRAWN_DTYPES
     return (
-        groups.device.type == "cpu"
-        and sys.byteorder == "little"
-        and at == groups.ndim - 1
+        groups.dtype in dtypes
+        and groups.shape[at] == 4
+        and (method != "mvue" or n < 3)
         and groups.is_contiguous()
-        and not torch.compiler.is_compiling()
+        and _eager(groups)
     )
 
 
-def top_of_four(bits: Tensor, n: int) -> Tensor:
-    """Return bits where they are among the n largest of their four, sign aside, else 0.
+def prune_plainly(
+    groups: Tensor, at: int, method: str, n: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return ``plain.prune_groups``; on a CPU a block at a time, so that temporaries stay small."""
+    if not (_eager(groups) and groups.is_contiguous() and groups.numel() > PLAIN_ELEMENTS):
+        return plain.prune_groups(groups, at, method, n, generator)
+    m, inner = groups.shape[at], math.prod(groups.shape[at + 1 :])
+    out = torch.empty_like(groups)
+    pairs = _blocks(groups.view(-1, m, inner), out.view(-1, m, inner), PLAIN_ELEMENTS // m)
+    for block, into in pairs:
+        into.copy_(plain.prune_groups(block, 1, method, n, generator))
+    return out
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether x is a plain tensor on a CPU, and nothing watches what is done with it."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not (
+            torch.compiler.is_compiling()
+            or torch._C._is_tracing()
+            or is_in_torch_dispatch_mode()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        )
+    )
+
+
+def prune_fours(
+    groups: Tensor, at: int, method: str, n: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return groups of four with n of each kept, else +0.
 
     Args:
-        bits: [..., 4] int8|int16|int32|int64, contiguous, on a CPU: floats seen as integers.
-        n: 1, 2 or 3.
+        groups: [..., 4, ...] for which ``takes`` holds.
+        at: dimension of the four members.
+        method: magnitude, random or mvue.
+        n: 1, 2 or 3; not 3 for mvue.
+        generator: source of random numbers; torch's own if None.
 
     Returns:
-        Tensor like bits. On a tie the lower index stays.
+        Tensor like groups.
     """
-    groups = bits.view(-1, 4)
-    total, dtype = groups.shape[0], bits.dtype
-    size = min(CHUNK, total)
     out = torch.empty_like(groups)
-    keys, wide, beats, losses = _scratch(dtype)
-    sign_cleared = 2 ** (8 * bits.element_size() - 1) - 1
-    for start in range(0, total, size):
-        chunk = groups[start : start + size]
-        count = chunk.shape[0]
-        members = torch.bitwise_and(chunk, sign_cleared, out=keys[:count]).unbind(1)
-        lost, word = losses[:count], beats[:count]
-        # Byte i counts to how many others member i loses: at first to every later one, ...
-        lost.fill_(0x00010203)
-        for i, j in _PAIRS:
-            # ... and each i that beats a j moves that loss from i to j.
-            torch.ge(members[i], members[j], out=word)
-            lost.add_(word, alpha=256**j - 256**i)
-        kept = _fewer_losses_than(n, lost).mul_(255).view(torch.int8)  # 0 or -1 in each byte
-        mask = wide[:count]
-        mask.view(-1).copy_(kept)  # widening keeps every bit set
-        torch.bitwise_and(mask, chunk, out=out[start : start + count])
-    return out.view(bits.shape)
+    inner = math.prod(groups.shape[at + 1 :])
+    prune_block = {"magnitude": _magnitude, "random": _random, "mvue": _mvue}[method]
+    for block, into in _blocks(groups.view(-1, 4, inner), out.view(-1, 4, inner), fours.CHUNK):
+        prune_block(block.transpose(0, 1), into.transpose(0, 1), n, generator)
+    return out
 
 
-def _scratch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return this thread's buffers of CHUNK groups; what they hold is of no use to a later call."""
-    found = _local.kept.get((dtype, CHUNK))
-    if found is None:
-        keys, wide = (torch.empty((CHUNK, 4), dtype=dtype) for _ in range(2))
-        beats, losses = (torch.empty(CHUNK, dtype=torch.int32) for _ in range(2))
-        found = _local.kept[dtype, CHUNK] = (keys, wide, beats, losses)
-    return found
+def _blocks(x: Tensor, out: Tensor, groups: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield [some, m, some] of both, at most so many groups each."""
+    outer, _, inner = x.shape
+    rows, columns = max(1, groups // inner), min(inner, groups)
+    for row in range(0, outer, rows):
+        for column in range(0, inner, columns):
+            at = (slice(row, row + rows), slice(None), slice(column, column + columns))
+            yield x[at], out[at]
 
 
-def _fewer_losses_than(n: int, lost: Tensor) -> Tensor:
-    """Return words whose bytes are 1 where that byte of ``lost``, 0 to 3, is below n."""
-    high = lost >> 1
-    if n == 1:
-        high.bitwise_or_(lost)
-    elif n == 3:
-        high.bitwise_and_(lost)
-    return high.bitwise_and_(_LANES).bitwise_xor_(_LANES)
+def _magnitude(x: Tensor, out: Tensor, n: int, _: torch.Generator | None) -> None:
+    dtype = BITS[x.element_size()]
+    ranks = fours.ranks_of(x.shape[1] * x.shape[2], x.element_size())
+    ranks.x.view(x.shape).copy_(x.view(dtype))
+    out.view(dtype).copy_(ranks.largest(n).bitwise_and_(ranks.x).view(x.shape))
+
+
+def _random(x: Tensor, out: Tensor, n: int, generator: torch.Generator | None) -> None:
+    size = x.element_size()
+    dtype, count = BITS[size], x.shape[1] * x.shape[2]
+    mask = fours.subsets_of(count, size).drawn(n, generator)
+    if not all(math.isfinite(bound) for bound in torch.aminmax(x)):  # rare
+        ranks = fours.ranks_of(count, size)
+        ranks.x.view(x.shape).copy_(x.view(dtype))
+        infinite = (~torch.isfinite(x)).any(0).view(-1)
+        mask = torch.where(infinite, ranks.largest(n), mask)
+    torch.bitwise_and(x.view(dtype), mask.view(x.shape), out=out.view(dtype))
+
+
+def _mvue(x: Tensor, out: Tensor, n: int, generator: torch.Generator | None) -> None:
+    estimates = fours.estimates_of(x.shape[1] * x.shape[2])
+    estimates.x.view(x.shape).copy_(x)
+    out.copy_(estimates.drawn(n, generator).view(torch.float32).view(x.shape))

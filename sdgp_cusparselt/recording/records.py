@@ -18,21 +18,18 @@ class LayerRecord:
 
     Attributes:
         name: fully qualified name of the layer, for messages.
-        calls: (product, way) -> number of calls; a way is a backend's name, or "unpruned" where
-            the sparse path was measured slower and the gradient was left as it is.
-        fallbacks: (product, backend name, reason) -> number of calls that fell back.
+        calls: (product, way) -> number of calls; a way is sparse, plain or emulated.
+        fallbacks: (product, reason) -> number of calls that did not run sparse for it.
         broken: product -> why this layer's sparse path is not used any more.
         samples: times and gradient errors of some of the calls.
-        routes: what was decided for each problem, by the dispatcher.
         token: number under which ``record_of`` finds this record; a custom operator can carry it.
     """
 
     name: str = "sdgp.functional"
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
     broken: dict[str, str] = field(default_factory=dict)
     samples: Samples = field(default_factory=Samples, repr=False)
-    routes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     token: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

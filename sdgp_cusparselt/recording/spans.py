@@ -51,7 +51,7 @@ class Samples:
             return False
         number = self.seen[product]
         self.seen[product] += 1
-        return number % every == 0 and not _capturing(device)
+        return number % every == 0 and not is_capturing(device)
 
     def add_time(self, product: str, part: str, reading: Reading) -> None:
         """Keep one time."""
@@ -120,6 +120,11 @@ def sampling(samples: Samples, product: str) -> Iterator[None]:
 def is_sampling() -> bool:
     """Whether spans of this thread are being timed, part by part."""
     return _local.sink is not None
+
+
+def is_traced() -> bool:
+    """Whether spans of this thread do anything."""
+    return _local.sink is not None or (nvtx_enabled() if _nvtx is None else _nvtx)
 
 
 def span(part: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -292,7 +297,8 @@ def _cuda_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is being recorded into a CUDA graph instead of run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -13,7 +13,7 @@ from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.layers.modules import SDGPModule
 from sdgp_cusparselt.recording.records import LayerRecord
 
-_TEXTS = ("layer", "product", "ran on")
+_TEXTS = ("layer", "product", "ran")
 _NUMBERS = (
     "prune us",
     "pack us",
@@ -33,8 +33,8 @@ class Telemetry:
     """What ``telemetry`` read; printing it gives a table.
 
     Attributes:
-        layers: one dictionary a layer and product: layer, product, calls (backend -> number),
-            fallbacks (with backend, reason, calls), median_us (part -> microseconds of the
+        layers: one dictionary a layer and product: layer, product, calls (sparse, plain or emulated
+            -> number), fallbacks (with reason, calls), median_us (part -> microseconds of the
             sampled calls) and gradient_error (relative_l2, cosine, kept_l1, samples) or None.
     """
 
@@ -45,7 +45,7 @@ class Telemetry:
         return {"layers": [dict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
-        """Return the table, and below it why which layer fell back."""
+        """Return the table, and below it why which layer did not run sparse."""
         table = Table(box=None, pad_edge=False, title_justify="left")
         for column in _TEXTS:
             table.add_column(column, overflow="fold")
@@ -72,7 +72,7 @@ class Telemetry:
         for layer in self.layers:
             for fallback in layer["fallbacks"]:
                 yield (
-                    f"{layer['layer']} {layer['product']}: not on {fallback['backend']} "
+                    f"{layer['layer']} {layer['product']}: not sparse "
                     f"({fallback['calls']} calls) because {fallback['reason']}"
                 )
 
@@ -115,10 +115,10 @@ def _check_module(model: object) -> None:
 
 
 def _of_product(name: str, record: LayerRecord, product: str) -> dict[str, Any]:
-    calls = {backend: n for (of, backend), n in list(record.calls.items()) if of == product}
+    calls = {way: n for (of, way), n in list(record.calls.items()) if of == product}
     fallbacks = [
-        {"backend": backend, "reason": reason, "calls": n}
-        for (of, backend, reason), n in list(record.fallbacks.items())
+        {"reason": reason, "calls": n}
+        for (of, reason), n in list(record.fallbacks.items())
         if of == product
     ]
     return {

@@ -1,4 +1,4 @@
-"""Which backend computed the pruned gradients of a model."""
+"""Which way the gradients of a model were computed."""
 
 from torch import nn
 
@@ -9,15 +9,15 @@ AUTOGRAD = "torch autograd"
 
 
 def backends_used(model: nn.Module) -> list[str]:
-    """Return the backends that ran a pruned product in any layer so far, sorted by name.
+    """Return the ways, sparse, plain or emulated, that any layer's products ran so far, sorted.
 
     A model without converted layers, or whose converted layers did not prune, answers with
     ``torch autograd``.
     """
     names = {
-        backend
+        way
         for module in model.modules()
         if isinstance(module, SDGPModule)
-        for _, backend in module.sdgp_record.calls
+        for _, way in module.sdgp_record.calls
     }
     return sorted(names) or [AUTOGRAD]

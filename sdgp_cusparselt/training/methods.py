@@ -123,9 +123,14 @@ class Method:
             return None
         # A shape that runs faster dense must prune all the same: the accuracy is the question here.
         prune = cast(PruneMethod, self.prune)
-        config = SDGPConfig(prune=prune, n=self.n, m=self.m, backend=backend, on_slower="prune")
-        if backend == "cusparselt":
-            config = replace(config, on_unsupported="raise")
+        config = SDGPConfig(
+            prune=prune,
+            n=self.n,
+            m=self.m,
+            backend=backend,
+            on_unsupported="raise" if backend == "cusparselt" else "emulate",
+            on_slower="emulate",
+        )
         if self.grad_weight is None:
             return config
         grad_weight_prune = cast(PruneMethod, self.grad_weight)

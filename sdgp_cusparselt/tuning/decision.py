@@ -1,16 +1,19 @@
 """What tuning found for one product, and how that is written as JSON."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
+from sdgp_cusparselt.tuning.buckets import bucket_of
 
 Orders: dict[str, Literal["row", "col"]] = {"row": "row", "col": "col"}
 Uses: dict[str, Literal["sparse", "dense"]] = {"sparse": "sparse", "dense": "dense"}
+Packers: dict[str, Packer] = {"ours": "ours", "library": "library"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,18 @@ class Key(NamedTuple):
         operand = f"{self.method} transposed" if self.transpose else self.method
         return f"{self.gemm.describe()} {operand} vs {self.rival}"
 
+    @property
+    def measured(self) -> "Key":
+        """The key of the product that is measured in its place, and of what is stored."""
+        return self._replace(gemm=bucket_of(self.gemm, self.transpose))
+
 
 @dataclass(frozen=True)
 class Decision:
     """Which way one product runs on one machine, and why.
 
     Attributes:
-        gemm: the product.
+        gemm: the product that was measured; others of its bucket use the decision as well.
         method: how its left operand is pruned.
         transpose: whether that operand is the transpose of the tensor that is packed.
         rival: name of what the sparse path raced against.
@@ -65,7 +73,12 @@ class Decision:
         matmul_us: of the sparse product alone.
         dense_us: of the rival.
         rejected: every candidate that is out, with the reason.
+        packer: what packed the operand in the race: our kernel, or the library's own Compress,
+            which is another contender; None without a candidate.
+        bounded: the search tried a few candidates only; ``sdgp tune`` searches again.
+        predicted: nothing was tried, because it cannot win by what is published of this GPU.
         transient: the reason may pass (no memory, a busy lock), so nothing is stored on disk.
+        valid_s: seconds for which this process remembers a transient decision.
         conditions: how the times were taken.
     """
 
@@ -81,8 +94,17 @@ class Decision:
     matmul_us: float | None = None
     dense_us: float | None = None
     rejected: tuple[tuple[Candidate, str], ...] = ()
+    packer: Packer | None = None
+    bounded: bool = False
+    predicted: bool = False
     transient: bool = False
+    valid_s: float = math.inf
     conditions: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether ``use`` is the faster way, measured or predicted, and no fallback."""
+        return self.sparse_us is not None or self.predicted
 
     @property
     def key(self) -> Key:
@@ -115,7 +137,9 @@ class Decision:
             "pack_us": self.pack_us,
             "matmul_us": self.matmul_us,
             "dense_us": self.dense_us,
-            "rejected": [{**asdict(c), "reason": reason} for c, reason in self.rejected],
+            "rejected": rejected_as_list(self.rejected),
+            "packer": self.packer,
+            "bounded": self.bounded,
             "conditions": self.conditions,
         }
 
@@ -139,7 +163,9 @@ class Decision:
             _time(data["pack_us"]),
             _time(data["matmul_us"]),
             _time(data["dense_us"]),
-            rejected=tuple(_rejection(entry) for entry in data["rejected"]),
+            rejected=rejected_from_list(data["rejected"]),
+            packer=None if data["packer"] is None else Packers[data["packer"]],
+            bounded=bool(data["bounded"]),
             conditions=dict(data["conditions"]),
         )
         if decision.use == "sparse" and candidate is None:
@@ -153,9 +179,11 @@ def dense_decision(
     *,
     rejected: tuple[tuple[Candidate, str], ...] = (),
     transient: bool = False,
+    valid_s: float = math.inf,
 ) -> Decision:
     """Return the decision that nothing sparse runs this product."""
-    return Decision(*key, "dense", None, reason, rejected=rejected, transient=transient)
+    about: dict[str, Any] = {"rejected": rejected, "transient": transient, "valid_s": valid_s}
+    return Decision(*key, "dense", None, reason, **about)
 
 
 def gemm_from_dict(data: Mapping[str, Any], device: torch.device) -> Gemm:
@@ -190,6 +218,20 @@ def describe_candidate(candidate: Candidate) -> str:
     if candidate.split_k_buffers:
         parts.append(f"buffers {candidate.split_k_buffers}")
     return " ".join(parts)
+
+
+def rejected_as_list(rejected: Iterable[tuple[Candidate, str]]) -> list[dict[str, Any]]:
+    """Return rejected candidates, and why, as plain JSON types."""
+    return [{**asdict(candidate), "reason": reason} for candidate, reason in rejected]
+
+
+def rejected_from_list(entries: Iterable[dict[str, Any]]) -> tuple[tuple[Candidate, str], ...]:
+    """Return what ``rejected_as_list`` wrote.
+
+    Raises:
+        KeyError, TypeError: an entry has no reason, or other fields than a candidate.
+    """
+    return tuple(_rejection(entry) for entry in entries)
 
 
 def _rejection(entry: dict[str, Any]) -> tuple[Candidate, str]:

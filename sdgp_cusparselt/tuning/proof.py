@@ -13,7 +13,15 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
 from sdgp_cusparselt.equivalence import Mismatch, compare, exact_bound, product_bound
-from sdgp_cusparselt.pruning.methods import prune
+from sdgp_cusparselt.packing.trials import (
+    few_integers,
+    normal,
+    pruned_24,
+    share_of_nonzeros,
+    some_rows,
+    two_of_four,
+    wide_product,
+)
 
 #: Which trials hold integers; each has fresh data.
 EXACT_TRIALS = (True, True, False)
@@ -100,7 +108,7 @@ def fault(
         if first is None:
             first = result
         elif not _same_bits(first, result):
-            share = (_bits(first) != _bits(result)).float().mean().item()
+            share = (_bits(first) != _bits(result)).sum().item() / first.numel()
             return f"not deterministic: {share:.2%} of the elements differ between two equal runs"
     assert first is not None  # REPEATS is at least one
     mismatch = trial.mismatch(first)
@@ -109,70 +117,39 @@ def fault(
 
 def dense_operand(gemm: Gemm, generator: torch.Generator) -> Tensor:
     """Return [K, N] normal random numbers, in memory as the product asks for."""
-    return _in_order(gemm, torch.randn(*_stored(gemm), generator=generator, device=gemm.device))
+    return _in_order(gemm, normal(*_stored(gemm), gemm.dtype, gemm.device, generator))
 
 
 def packed_operand(gemm: Gemm, transpose: bool, generator: torch.Generator) -> Tensor:
     """Return normal random numbers of the shape that ``pack`` is given."""
     shape = (gemm.k, gemm.m) if transpose else (gemm.m, gemm.k)
-    return torch.randn(shape, generator=generator, device=gemm.device).to(gemm.dtype)
+    return normal(*shape, gemm.dtype, gemm.device, generator)
 
 
 def _exact_trial(gemm: Gemm, method: str, transpose: bool, generator: torch.Generator) -> Trial:
     """Integers: +-1 and +-2 in two places of every group, -1, 0 and 1 in the dense operand."""
-    left = _two_of_four(gemm, generator)
-    draw = torch.rand(*_stored(gemm), generator=generator, device=gemm.device)
-    nonzero = _share_of_nonzeros(gemm)
-    dense = _in_order(gemm, (draw < nonzero / 2).float() - (draw > 1 - nonzero / 2).float())
-    expected = torch.empty(gemm.m, gemm.n, dtype=gemm.dtype, device=gemm.device)
-    wide = dense.float()
-    step = max(1, _CHUNK // max(gemm.n, gemm.k, 1))
-    for start in range(0, gemm.m, step):
-        expected[start : start + step] = left[start : start + step].float() @ wide
+    dtype, device = gemm.dtype, gemm.device
+    left = two_of_four(gemm.m, gemm.k, dtype, device, generator)
+    share = share_of_nonzeros(gemm.k, dtype)
+    stored = few_integers(*_stored(gemm), dtype, device, generator, share=share)
+    dense = _in_order(gemm, stored)
+    expected = wide_product(left, dense, dtype)
     return Trial(_as_given(left, transpose), "none", dense, expected, None)
 
 
 def _normal_trial(gemm: Gemm, method: str, transpose: bool, generator: torch.Generator) -> Trial:
     """Normal random numbers; for a large result some rows of every part of it are compared."""
     x = packed_operand(gemm, transpose, generator)
-    left = prune((x.t() if transpose else x).contiguous(), method="magnitude")
+    left = pruned_24(x.t() if transpose else x)
     if method != "magnitude":
         x, method = _as_given(left, transpose), "none"
     dense = dense_operand(gemm, generator)
-    rows = _some_rows(gemm, generator)
-    some = (left if rows is None else left[rows]).float()
-    wide = dense.float()
-    expected = some @ wide
-    bound = product_bound(some.abs() @ wide.abs(), expected, gemm.k, gemm.dtype)
+    rows = some_rows(gemm.m, gemm.n, gemm.device, generator)
+    some = left if rows is None else left[rows]
+    expected = wide_product(some, dense, torch.float32)
+    size = wide_product(some.abs(), dense.abs(), torch.float32)
+    bound = product_bound(size, expected, gemm.k, gemm.dtype)
     return Trial(x, method, dense, expected, bound, rows)
-
-
-def _two_of_four(gemm: Gemm, generator: torch.Generator) -> Tensor:
-    """Return [M, K] with exactly two non-zeros in each whole group of four."""
-    groups = -(-gemm.k // 4)
-    keys = torch.rand(gemm.m, groups, 4, generator=generator, device=gemm.device)
-    low = keys.topk(2, dim=-1).values.amin(-1, keepdim=True)
-    draw = torch.randint(4, keys.shape, generator=generator, device=gemm.device)
-    signed = torch.where(draw < 2, -1 - draw, draw - 1)
-    values = torch.where(keys >= low, signed, 0).view(gemm.m, -1)[:, : gemm.k]
-    return values.to(gemm.dtype).contiguous()
-
-
-def _share_of_nonzeros(gemm: Gemm) -> float:
-    """Return how many of the dense operand's integers may differ from 0.
-
-    The result's standard deviation is sqrt(1.25 K share); a sixth of the largest integer up to
-    which ``dtype`` holds every one keeps nearly all results exactly representable.
-    """
-    largest = 2 / torch.finfo(gemm.dtype).eps
-    return min(1.0, (largest / 6) ** 2 / (1.25 * max(gemm.k, 1)))
-
-
-def _some_rows(gemm: Gemm, generator: torch.Generator) -> Tensor | None:
-    count = max(256, _CHUNK // max(gemm.n, 1))
-    if count >= gemm.m:
-        return None
-    return torch.randperm(gemm.m, generator=generator, device=gemm.device)[:count].sort().values
 
 
 def _stored(gemm: Gemm) -> tuple[int, int]:
@@ -180,7 +157,6 @@ def _stored(gemm: Gemm) -> tuple[int, int]:
 
 
 def _in_order(gemm: Gemm, stored: Tensor) -> Tensor:
-    stored = stored.to(gemm.dtype)
     return stored if gemm.dense_order == "row" else stored.t()
 
 

@@ -32,14 +32,15 @@ class ShapeLog:
 
     def as_list(self) -> list[dict[str, Any]]:
         """Return the products as plain JSON types, the most frequent first."""
-        return [{**_entry(key), "calls": calls} for key, calls in self.counts.most_common()]
+        return [{**entry_of(key), "calls": calls} for key, calls in self.counts.most_common()]
 
     def write(self, path: str | Path) -> None:
         """Write the file that ``sdgp tune --shapes`` reads."""
         Path(path).write_text(json.dumps(self.as_list(), indent=1) + "\n", encoding="utf-8")
 
 
-_active: list[ShapeLog] = []
+#: The logs that are being written; products look at it before they do anything for it.
+ACTIVE: list[ShapeLog] = []
 
 
 @contextmanager
@@ -56,23 +57,23 @@ def record_shapes() -> Iterator[ShapeLog]:
         0
     """
     log = ShapeLog()
-    _active.append(log)
+    ACTIVE.append(log)
     try:
         yield log
     finally:
         # By identity, because logs of nested recorders may hold the same products.
-        _active[:] = [other for other in _active if other is not log]
+        ACTIVE[:] = [other for other in ACTIVE if other is not log]
 
 
 def note(gemm: Gemm, *, method: str, transpose: bool, rival: str = MATMUL.name) -> None:
     """Tell the active recorders of a product; does nothing without one."""
-    if _active:
-        key = Key(gemm, method, transpose, rival)
-        for log in list(_active):
-            log.add(key)
+    key = Key(gemm, method, transpose, rival)
+    for log in list(ACTIVE):
+        log.add(key)
 
 
-def _entry(key: Key) -> dict[str, Any]:
+def entry_of(key: Key) -> dict[str, Any]:
+    """Return a product as plain JSON types; ``shapes.key_of`` reads them."""
     gemm = key.gemm
     return {
         "m": gemm.m,

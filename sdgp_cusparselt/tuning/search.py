@@ -1,18 +1,22 @@
 """tune: prove every candidate, time the proven, race the best with its pack against dense."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
-from pycusparselt.errors import CusparseLtError
-from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, SparseExecutor
-from sdgp_cusparselt.errors import NotSupportedError
-from sdgp_cusparselt.pruning.methods import prune
 from sdgp_cusparselt.recording.spans import generators_kept
+from sdgp_cusparselt.tuning.contest import (
+    REFUSALS,
+    STEPS,
+    Candidates,
+    Contest,
+    Limits,
+    first_line,
+)
 from sdgp_cusparselt.tuning.decision import (
     MATMUL,
     Decision,
@@ -21,28 +25,16 @@ from sdgp_cusparselt.tuning.decision import (
     dense_decision,
     describe_candidate,
 )
-from sdgp_cusparselt.tuning.proof import (
-    EXACT_TRIALS,
-    REPEATS,
-    dense_operand,
-    fault,
-    packed_operand,
-    trials,
-)
+from sdgp_cusparselt.tuning.memory import is_out_of_memory
+from sdgp_cusparselt.tuning.proof import EXACT_TRIALS, fault, trials
 from sdgp_cusparselt.tuning.store import TuningCache
-from sdgp_cusparselt.tuning.timing import Timer, median, race, timer_for
+from sdgp_cusparselt.tuning.timing import Timer, timer_for
 
-Progress = Callable[[int, int, str], None]
-Runs = dict[str, Callable[[], Callable[[], object]]]
+#: A search without limits, of everything that can be tried in this process.
+FULL = Limits()
 
-#: The sparse path wins only if its median is at most this part of dense's: a tie, and what two
-#: runs of the same code differ by, must go to dense.
-MARGIN = 0.98
-SCREENING_ROUNDS, FINAL_ROUNDS = 5, 20
-#: How many of the fastest products race with their pack, which may differ where plans do.
-FINALISTS = 3
-#: What a library call may raise without being a programming error.
-REFUSALS = (CusparseLtError, NotSupportedError, torch.OutOfMemoryError)
+Rejected = tuple[tuple[Candidate, str], ...]
+Searcher = Callable[[Key, Limits], Decision]
 
 
 def tune(
@@ -55,8 +47,10 @@ def tune(
     rival: Rival = MATMUL,
     timer: Timer | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    limits: Limits = FULL,
     force: bool = False,
+    timeout_s: float | None = None,
+    searcher: Searcher | None = None,
 ) -> Decision:
     """Return which way a product runs: what the cache has, or what a search finds and stores.
 
@@ -69,8 +63,11 @@ def tune(
         rival: what the sparse path has to beat; ``torch.mm`` of the unpruned operands if not given.
         timer: what times a call; CUDA events on a GPU if None.
         seed: of data and order; torch's own generators are left as they were.
-        progress: called with (done, total, what is being done).
+        limits: what the search may cost. One without a limit searches again where the cache has
+            what a limited one found.
         force: search also if the cache has a decision.
+        timeout_s: seconds to wait for another one that tunes; the cache's own if None.
+        searcher: what searches; ``search_here`` if None.
 
     Returns:
         Decision: dense with the reason where nothing sparse is right, fast enough, or allowed.
@@ -79,16 +76,44 @@ def tune(
         Waits for the device; not to be called while a CUDA graph is captured.
     """
     key = Key(gemm, method, transpose, rival.name)
-    with cache.turn(executor, gemm.device) as held:
-        known = None if force and held else cache.read(key, executor)
+
+    def stored() -> Decision | None:
+        known = cache.read(key, executor)
+        enough = known is not None and (not known.bounded or limits.candidates is not None)
+        return known if enough else None
+
+    def ready() -> bool:
+        return not force and stored() is not None
+
+    with cache.turn(executor, gemm.device, timeout_s=timeout_s, ready=ready) as held:
+        known = None if force and held else stored()
         if known is not None:
             return known
         if not held:
-            reason = "another process or thread kept the tuner for too long; tried again next run"
+            reason = "another process or thread kept the tuner for too long; tried again later"
             return dense_decision(key, reason, transient=True)
-        search = _Search(key, executor, rival, seed, progress or _no_progress)
-        decision = search.decide(timer or timer_for(gemm.device))
+        if searcher is None:
+            decision = search_here(key, executor, cache, rival, timer, limits, seed)
+        else:
+            decision = searcher(key, limits)
         cache.write(decision, executor)
+    return decision
+
+
+def search_here(
+    key: Key,
+    executor: SparseExecutor,
+    cache: TuningCache,
+    rival: Rival = MATMUL,
+    timer: Timer | None = None,
+    limits: Limits = FULL,
+    seed: int = 0,
+) -> Decision:
+    """Search in this process, among what cannot hang; see ``tune``."""
+    liked = Counter(d.candidate for d in cache.decisions(executor, key.gemm.device))
+    decision = Search(key, executor, rival, seed, limits, liked=liked).decide(timer)
+    if decision.candidate is not None:
+        cache.prove(key.gemm, decision.candidate)
     return decision
 
 
@@ -110,86 +135,133 @@ def prove_default(
         Decision: dense with the reason if the default algorithm is wrong or refused.
     """
     key = Key(gemm, method, transpose, rival.name)
-    return _Search(key, executor, rival, seed, _no_progress).default()
+    return Search(key, executor, rival, seed, replace(FULL, candidates=1)).default()
 
 
-@dataclass
-class _Candidates:
-    """Who is still in the race, and who is out and why."""
+def plan_fault(key: Key, executor: SparseExecutor, candidate: Candidate, seed: int = 0) -> str:
+    """Return what is wrong with a candidate at one size, from one product of integers, or "".
 
-    standing: list[Candidate]
-    rejected: list[tuple[Candidate, str]] = field(default_factory=list)
-    out_of_memory: bool = False
-
-    def reject(self, candidate: Candidate, reason: str | Exception) -> None:
-        self.out_of_memory |= isinstance(reason, torch.OutOfMemoryError)
-        self.standing.remove(candidate)
-        text = f"raised {type(reason).__name__}: " if isinstance(reason, Exception) else ""
-        self.rejected.append((candidate, f"{text}{str(reason).splitlines()[0]}"))
+    Raises:
+        torch.OutOfMemoryError: no memory for it.
+        CusparseLtError: likewise, in the library.
+    """
+    gemm, method, transpose, _ = key
+    with _undisturbed(gemm):
+        trial = next(trials(gemm, method=method, transpose=transpose, seed=seed))
+        try:
+            return fault(executor, gemm, candidate, trial, transpose=transpose)
+        except REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            return f"raised {type(error).__name__}: {first_line(error)}"
 
 
 @dataclass(frozen=True)
-class _Search:
-    """The search for one product: the arguments that its steps share."""
+class Search:
+    """The search for one product: the arguments that its steps share.
+
+    Attributes:
+        key: the product.
+        executor: what runs it sparsely.
+        rival: what the sparse path has to beat.
+        seed: of data and order.
+        limits: what it may cost.
+        liked: candidate -> how many other products it won; the winners are tried first.
+        safe: try only what cannot hang or end the process.
+        excluded: candidates that did so before, with what they did.
+    """
 
     key: Key
     executor: SparseExecutor
-    rival: Rival
-    seed: int
-    progress: Progress
+    rival: Rival = MATMUL
+    seed: int = 0
+    limits: Limits = FULL
+    liked: Counter[Candidate | None] = field(default_factory=Counter)
+    safe: bool = True
+    excluded: Rejected = ()
 
-    def decide(self, timer: Timer) -> Decision:
-        """Prove, screen, race."""
-        with torch.no_grad(), _device_of(self.key.gemm), generators_kept(self.key.gemm.device):
-            offered = self._offered()
-            if isinstance(offered, Decision):
-                return offered
-            try:
-                self._prove(offered)
-                if not offered.standing:
-                    return self._nothing_right(offered)
-                return self._race(offered, timer)
-            except torch.OutOfMemoryError as error:
-                return self._dense(offered, f"no memory to tune in: {_line(error)}", transient=True)
+    def decide(self, timer: Timer | None = None) -> Decision:
+        """Prove, screen, race. Want of memory, wherever it shows, is a decision that may pass."""
+        offered = Candidates([])
+        try:
+            with _undisturbed(self.key.gemm):
+                return self._decide(offered, timer)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._no_memory(offered, error)
 
     def default(self) -> Decision:
         """Prove the first candidate only."""
-        with torch.no_grad(), _device_of(self.key.gemm), generators_kept(self.key.gemm.device):
-            offered = self._offered()
-            if isinstance(offered, Decision):
-                return offered
-            del offered.standing[1:]
-            try:
-                self._prove(offered)
-            except torch.OutOfMemoryError as error:
-                return self._dense(offered, f"no memory to prove: {_line(error)}", transient=True)
-            if not offered.standing:
-                return self._nothing_right(offered)
-            reason = "tune='never': the library's default algorithm, proven and not timed"
-            return Decision(*self.key, "sparse", offered.standing[0], reason)
+        offered = Candidates([])
+        try:
+            with _undisturbed(self.key.gemm):
+                nothing = self._offer(offered)
+                if nothing is not None:
+                    return nothing
+                self._prove(offered, lambda: False)
+                if not offered.standing:
+                    return self._nothing_right(offered)
+                first = offered.standing[0]
+                packer = self.executor.packer(self.key.gemm, first)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._no_memory(offered, error)
+        reason = "tune='never': the library's default algorithm, proven and not timed"
+        return Decision(*self.key, "sparse", first, reason, packer=packer)
 
-    def _offered(self) -> _Candidates | Decision:
+    def _decide(self, offered: Candidates, timer: Timer | None) -> Decision:
+        limits, begun = self.limits, self.limits.clock()
+
+        def late() -> bool:
+            return limits.clock() - begun >= limits.seconds
+
+        nothing = self._offer(offered)
+        if nothing is not None:
+            return nothing
+        self._prove(offered, late)
+        if not offered.standing:
+            return self._nothing_right(offered)
+        timer = timer_for(self.key.gemm.device) if timer is None else timer
+        contest = Contest(self.key, self.executor, self.rival, limits, late, timer, self.seed)
+        return contest.decision(offered) or self._nothing_right(offered)
+
+    def _offer(self, offered: Candidates) -> Decision | None:
+        """Fill in what is tried, or return why nothing is."""
         gemm = self.key.gemm
         if 0 in (gemm.m, gemm.n, gemm.k):
             return dense_decision(self.key, "the product is empty")
         try:
-            offered = self.executor.candidates(gemm)
+            found = self.executor.candidates(gemm, safe=self.safe)
         except REFUSALS as error:
-            transient = isinstance(error, torch.OutOfMemoryError)
-            reason = f"the library refuses this product: {_line(error)}"
-            return dense_decision(self.key, reason, transient=transient)
-        if not offered:
+            if is_out_of_memory(error):
+                raise
+            reason = f"the library refuses this product: {first_line(error)}"
+            return dense_decision(self.key, reason)
+        if not found:
             return dense_decision(self.key, "the library offers no algorithm for this product")
-        return _Candidates(list(offered))
+        offered.rejected += [out for out in self.excluded if out[0] in found]
+        out = {candidate for candidate, _ in offered.rejected}
+        left = sorted((c for c in found if c not in out), key=lambda c: -self.liked[c])
+        offered.standing += left[: self.limits.candidates]
+        return None if offered.standing else self._nothing_right(offered)
 
-    def _prove(self, offered: _Candidates) -> None:
-        """Take out every candidate that fails a trial; fresh data each."""
+    def _prove(self, offered: Candidates, late: Callable[[], bool]) -> None:
+        """Take out every candidate that fails a trial, with fresh data each, or for want of time.
+
+        The first one standing is proven whatever the time is.
+        """
         gemm, method, transpose, _ = self.key
         made = trials(gemm, method=method, transpose=transpose, seed=self.seed)
         for number, trial in enumerate(made):
             for candidate in list(offered.standing):
+                if candidate != offered.standing[0] and late():
+                    offered.standing.remove(candidate)
+                    continue
                 step = f"proof {number + 1}/{len(EXACT_TRIALS)} {describe_candidate(candidate)}"
-                self.progress(number, len(EXACT_TRIALS) + 2, step)
+                self.limits.progress(number, STEPS, step)
+                self.limits.trying(candidate)
                 try:
                     reason: str | Exception = fault(
                         self.executor, gemm, candidate, trial, transpose=transpose
@@ -201,132 +273,28 @@ class _Search:
             if not offered.standing:
                 return
 
-    def _race(self, offered: _Candidates, timer: Timer) -> Decision:
-        """Screen the products, then race the best ones with their pack against the rival."""
-        self.progress(len(EXACT_TRIALS), len(EXACT_TRIALS) + 2, "timing")
-        gemm, _, transpose, _ = self.key
-        generator = torch.Generator(gemm.device).manual_seed(self.seed + 1)
-        x, dense = packed_operand(gemm, transpose, generator), dense_operand(gemm, generator)
-        names = {describe_candidate(c): c for c in offered.standing}
-        runs: Runs = {name: self._product(c, x, dense) for name, c in names.items()}
-        screened = self._times(runs, timer, SCREENING_ROUNDS, names, offered)
-        finalists = sorted(screened, key=lambda name: median(screened[name]))[:FINALISTS]
-        self.progress(len(EXACT_TRIALS) + 1, len(EXACT_TRIALS) + 2, "race against dense")
-        left = x.t() if transpose else x
-        runs = {"dense": lambda: lambda: self.rival.dense(left, dense)}
-        runs |= {name: self._whole(names[name], x, dense) for name in finalists}
-        runs |= {f"pack for {name}": self._pack(names[name], x) for name in finalists}
-        final = self._times(runs, timer, FINAL_ROUNDS, names, offered)
-        finalists = [name for name in finalists if name in final and f"pack for {name}" in final]
-        if not finalists:
-            return self._nothing_right(offered)
-        winner = min(finalists, key=lambda name: median(final[name]))
-        return self._decision(names[winner], winner, screened, final, offered, timer)
-
-    def _times(
-        self,
-        runs: Runs,
-        timer: Timer,
-        rounds: int,
-        names: dict[str, Candidate],
-        offered: _Candidates,
-    ) -> dict[str, list[float]]:
-        times, out = race(runs, timer, rounds=rounds, seed=self.seed, refusals=REFUSALS)
-        if "dense" in out:
-            raise out["dense"]
-        for label, refusal in out.items():
-            candidate = names[label.removeprefix("pack for ")]
-            if candidate in offered.standing:
-                offered.reject(candidate, refusal)
-        return times
-
-    def _decision(
-        self,
-        candidate: Candidate,
-        name: str,
-        screened: dict[str, list[float]],
-        final: dict[str, list[float]],
-        offered: _Candidates,
-        timer: Timer,
-    ) -> Decision:
-        sparse_us, dense_us = median(final[name]), median(final["dense"])
-        wins = sparse_us <= MARGIN * dense_us
-        times = f"pack and {name} take {sparse_us:.1f} us, {self.rival.name} {dense_us:.1f} us"
-        rule = f"at most {MARGIN} of dense" if wins else f"not at most {MARGIN} of dense"
-        return Decision(
-            *self.key,
-            "sparse" if wins else "dense",
-            candidate,
-            f"{times}: {rule}",
-            sparse_us,
-            median(final[f"pack for {name}"]),
-            median(screened[name]),
-            dense_us,
-            rejected=tuple(offered.rejected),
-            conditions=self._conditions(timer, len(screened), final, name),
-        )
-
-    def _conditions(
-        self, timer: Timer, timed: int, final: dict[str, list[float]], name: str
-    ) -> dict[str, Any]:
-        return {
-            "timer": getattr(timer, "description", type(timer).__name__),
-            "rounds": FINAL_ROUNDS,
-            "candidates_timed": timed,
-            "runs_proven": len(EXACT_TRIALS) * REPEATS,
-            "sparse_us_range": [min(final[name]), max(final[name])],
-            "dense_us_range": [min(final["dense"]), max(final["dense"])],
-            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-
-    def _pack_now(self, candidate: Candidate, x: Tensor) -> Tensor:
-        gemm, method, transpose, _ = self.key
-        if method == "none":
-            # Whoever packs an operand as it is has pruned it just before, and that takes time too.
-            x = prune(x, dim=0 if transpose else -1)
-        return self.executor.pack(x, gemm, candidate, method=method, transpose=transpose)
-
-    def _product(
-        self, candidate: Candidate, x: Tensor, dense: Tensor
-    ) -> Callable[[], Callable[[], object]]:
-        def prepare() -> Callable[[], object]:
-            packed = self._pack_now(candidate, x)
-            return lambda: self.executor.matmul(packed, dense, self.key.gemm, candidate)
-
-        return prepare
-
-    def _whole(
-        self, candidate: Candidate, x: Tensor, dense: Tensor
-    ) -> Callable[[], Callable[[], object]]:
-        def run() -> object:
-            packed = self._pack_now(candidate, x)
-            product = self.executor.matmul(packed, dense, self.key.gemm, candidate)
-            return self.rival.finish(product)
-
-        return lambda: run
-
-    def _pack(self, candidate: Candidate, x: Tensor) -> Callable[[], Callable[[], object]]:
-        return lambda: lambda: self._pack_now(candidate, x)
-
-    def _nothing_right(self, offered: _Candidates) -> Decision:
+    def _nothing_right(self, offered: Candidates) -> Decision:
         out = offered.rejected
         first = f"{describe_candidate(out[0][0])} {out[0][1]}"
         reason = f"none of {len(out)} algorithms is usable; {first}"
         return self._dense(offered, reason, transient=offered.out_of_memory)
 
-    def _dense(self, offered: _Candidates, reason: str, *, transient: bool) -> Decision:
+    def _no_memory(self, offered: Candidates, error: RuntimeError) -> Decision:
+        reason = f"no memory to tune in: {first_line(error)}"
+        return self._dense(offered, reason, transient=True)
+
+    def _dense(self, offered: Candidates, reason: str, *, transient: bool) -> Decision:
         rejected = tuple(offered.rejected)
-        return dense_decision(self.key, reason, rejected=rejected, transient=transient)
+        decision = dense_decision(self.key, reason, rejected=rejected, transient=transient)
+        return replace(decision, bounded=self.limits.candidates is not None)
 
 
-def _no_progress(done: int, total: int, step: str) -> None:
-    pass
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _device_of(gemm: Gemm) -> Any:
-    """Make the product's device current: events and kernels go to the current one."""
-    return torch.cuda.device(gemm.device if gemm.device.type == "cuda" else -1)
+@contextmanager
+def _undisturbed(gemm: Gemm) -> Iterator[None]:
+    """Run on the product's device, without autograd, and leave torch's generators as they were."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        # Events and kernels go to the current device.
+        stack.enter_context(torch.cuda.device(gemm.device if gemm.device.type == "cuda" else -1))
+        stack.enter_context(generators_kept(gemm.device))
+        yield

@@ -43,7 +43,7 @@ def read_shapes(path: Path, device: torch.device) -> list[Key]:
     keys: dict[Key, None] = {}
     for number, row in enumerate(rows, start=1):
         try:
-            keys[_key({**DEFAULTS, **row}, device)] = None
+            keys[key_of({**DEFAULTS, **row}, device)] = None
         except (KeyError, TypeError, ValueError) as error:
             rule = "a list of products with m, n, k and optionally " + ", ".join(DEFAULTS)
             got = f"{row} as number {number} ({error})"
@@ -71,7 +71,12 @@ def _csv_rows(text: str) -> Iterable[dict[str, Any]]:
         yield {**entry, "transpose": _BOOLEANS.get(transpose, transpose)}
 
 
-def _key(entry: Mapping[str, Any], device: torch.device) -> Key:
+def key_of(entry: Mapping[str, Any], device: torch.device) -> Key:
+    """Return the product that an entry with every field names.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing, or of no use.
+    """
     if entry["method"] not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}")
     if not isinstance(entry["transpose"], bool):

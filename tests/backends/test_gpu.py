@@ -11,7 +11,9 @@ import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.equivalence import compare_product
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
+from sdgp_cusparselt.products.operands import Conv2dGradInput, LinearGradInput, LinearGradWeight
+from sdgp_cusparselt.products.sparse import sparse_product
 from sdgp_cusparselt.tuning import store
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +31,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, tmp_path) -> CusparseLtBackend:
     """The registered backend, with decisions and proofs of its own."""
     backend = CusparseLtBackend()
     assert not backend.machine_reasons()
-    monkeypatch.setattr(dispatch, "BACKENDS", [backend, dispatch.BACKENDS[-1]])
+    monkeypatch.setattr(routes, "LIBRARY", backend)
     monkeypatch.setattr(store, "_default", store.TuningCache(tmp_path / "decisions"))
     return backend
 
@@ -43,9 +45,9 @@ def test_linear_grad_input(
 ) -> None:
     grad_output = cuda(tokens, k)
     weight = cuda(k, n) if order == "row" else cuda(n, k).t()
-    result = backend.linear_grad_input(grad_output, weight, NEVER)
+    result = sparse_product(backend, LinearGradInput(grad_output, weight), NEVER)
     assert compare_product(result, sdgp.prune(grad_output), weight) is None
-    print({str(key): c.reason for key, c in backend.certificates.items()})
+    print({str(key): c.reason for key, c in backend.certificates.known().items()})
 
 
 @pytest.mark.parametrize("tokens", [64, 1000, 4096])
@@ -53,7 +55,7 @@ def test_linear_grad_weight(backend: CusparseLtBackend, tokens: int) -> None:
     grad_output, input = cuda(tokens, 512), cuda(tokens, 256)
     config = NEVER.replace(grad_weight="sparse", grad_weight_prune="magnitude")
     body = tokens - tokens % 16
-    result = backend.linear_grad_weight(grad_output[:body], input[:body], config)
+    result = sparse_product(backend, LinearGradWeight(grad_output[:body], input[:body]), config)
     pruned = sdgp.prune(grad_output[:body], dim=0).t()
     assert compare_product(result, pruned, input[:body]) is None
 
@@ -68,8 +70,8 @@ def test_conv2d_grad_input(
     output = torch.nn.functional.conv2d(input, weight, None, stride, padding)
     grad_output = torch.randn_like(output)
     conv = ConvGeometry((stride, stride), (padding, padding), (1, 1), 1)
-    result = backend.conv2d_grad_input(grad_output, weight, input, conv, NEVER)
-    dense = dispatch.BACKENDS[-1].conv2d_grad_input(grad_output, weight, input, conv, NEVER)
+    result = sparse_product(backend, Conv2dGradInput(grad_output, weight, input, conv), NEVER)
+    dense = Conv2dGradInput(grad_output, weight, input, conv).emulated(NEVER)
     # Every tap is rounded to bfloat16 once, where cuDNN rounds only their sum.
     assert (result - dense).float().norm() <= 2e-2 * dense.float().norm()
 
@@ -96,7 +98,7 @@ def layer_and_data(tokens: int = 512) -> tuple[nn.Linear, Tensor, Tensor]:
 def test_training_step_on_autograds_own_threads(backend: CusparseLtBackend) -> None:
     layer, x, grad_output = layer_and_data()
     layer(x).backward(grad_output)
-    assert layer.sdgp_record.calls["grad_input", "cusparselt"] == 1
+    assert layer.sdgp_record.calls["grad_input", "sparse"] == 1
     weight = layer.weight.detach()
     assert compare_product(x.grad, sdgp.prune(grad_output), weight) is None
 
@@ -108,7 +110,7 @@ def test_many_threads(backend: CusparseLtBackend) -> None:
         try:
             grad_output, weight = cuda(512, 256), cuda(256, 128)
             for _ in range(20):
-                result = backend.linear_grad_input(grad_output, weight, NEVER)
+                result = sparse_product(backend, LinearGradInput(grad_output, weight), NEVER)
             assert compare_product(result, sdgp.prune(grad_output), weight) is None
         except BaseException as error:
             failures.append(error)
@@ -123,14 +125,14 @@ def test_many_threads(backend: CusparseLtBackend) -> None:
 
 def test_a_side_stream_is_used(backend: CusparseLtBackend) -> None:
     grad_output, weight = cuda(4096, 4096), cuda(4096, 1024)
-    expected = backend.linear_grad_input(grad_output, weight, NEVER)
+    expected = sparse_product(backend, LinearGradInput(grad_output, weight), NEVER)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         late = torch.zeros_like(grad_output)
         torch.cuda._sleep(50_000_000)
         late.copy_(grad_output)
-        result = backend.linear_grad_input(late, weight, NEVER)
+        result = sparse_product(backend, LinearGradInput(late, weight), NEVER)
     stream.synchronize()
     assert torch.equal(result, expected)
 
@@ -140,11 +142,11 @@ def test_capture_and_replay_in_a_cuda_graph(backend: CusparseLtBackend, method: 
     config = NEVER.replace(prune=method)
     grad_output, weight = cuda(1024, 512), cuda(512, 256)
     for _ in range(3):
-        backend.linear_grad_input(grad_output, weight, config)
+        sparse_product(backend, LinearGradInput(grad_output, weight), config)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = backend.linear_grad_input(grad_output, weight, config)
+        result = sparse_product(backend, LinearGradInput(grad_output, weight), config)
     grad_output.copy_(cuda(1024, 512))
     graph.replay()
     torch.cuda.synchronize()
@@ -159,7 +161,7 @@ def test_capture_and_replay_in_a_cuda_graph(backend: CusparseLtBackend, method: 
 
 def test_untuned_under_capture_is_dense_and_said(backend: CusparseLtBackend) -> None:
     layer, x, grad_output = layer_and_data(777)
-    layer.sdgp_config = NEVER.replace(on_unsupported="dense", tune="first_use")
+    layer.sdgp_config = NEVER.replace(on_unsupported="plain", tune="first_use")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         output = layer(x)
@@ -209,7 +211,7 @@ def test_float16_runs_or_is_refused_with_a_reason(backend: CusparseLtBackend) ->
     grad_output, weight = cuda(512, 256, dtype=torch.float16), cuda(256, 128, dtype=torch.float16)
     layer = nn.Linear(128, 256, device="cuda", dtype=torch.float16, bias=False)
     layer.weight.data.copy_(weight)
-    sdgp.convert_(layer, NEVER.replace(on_unsupported="dense"))
+    sdgp.convert_(layer, NEVER.replace(on_unsupported="plain"))
     x = torch.randn(512, 128, device="cuda", dtype=torch.float16, requires_grad=True)
     if backend.float16_reasons(torch.device("cuda", 0)):
         with pytest.warns(sdgp.SDGPFallbackWarning, match="self-test"):

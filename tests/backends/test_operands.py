@@ -6,9 +6,8 @@ import torch
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
-from sdgp_cusparselt.backends.dense import DenseBackend
 from sdgp_cusparselt.packing.layout import SM90_ATOM
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.tuning import store
 from tests.emulator.control import Emulator
 from tests.helpers import assert_product, oracle_magnitude
@@ -16,8 +15,7 @@ from tests.helpers import assert_product, oracle_magnitude
 
 @pytest.fixture
 def emulated(backend: CusparseLtBackend, monkeypatch, tmp_path) -> CusparseLtBackend:
-    monkeypatch.setattr(dispatch, "BACKENDS", [backend, DenseBackend()])
-    monkeypatch.setattr("sdgp_cusparselt.products.by_hand.BACKENDS", dispatch.BACKENDS)
+    monkeypatch.setattr(routes, "LIBRARY", backend)
     monkeypatch.setattr(store, "_default", store.TuningCache(tmp_path / "decisions"))
     return backend
 

@@ -1,19 +1,16 @@
 """Training steps whose products went pack -> plan -> matmul in C, against the dense backend."""
 
-import copy
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.backends import cusparselt as cusparselt_backend
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
-from sdgp_cusparselt.backends.dense import DenseBackend
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import packers, routes
 from sdgp_cusparselt.recording.records import COMPILED
 from sdgp_cusparselt.tuning import store, timing
 from tests.emulator.control import Bad, Emulator
@@ -28,7 +25,7 @@ def emulated(
     backend: CusparseLtBackend, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> CusparseLtBackend:
     """The backend as dispatch sees it on a machine with a GPU, with a decision cache of its own."""
-    monkeypatch.setattr(dispatch, "BACKENDS", [backend, DenseBackend()])
+    monkeypatch.setattr(routes, "LIBRARY", backend)
     monkeypatch.setattr(store, "_default", store.TuningCache(tmp_path / "decisions"))
     return backend
 
@@ -59,11 +56,9 @@ def gradients(model: nn.Module, steps: int = 2) -> list[Tensor]:
     return [p.grad.float() for p in model.parameters()]
 
 
-def said(config: sdgp.SDGPConfig) -> AbstractContextManager[object]:
-    """Expect what is said of the 3x3 convolution's grad_weight, which is no single product."""
-    if config.grad_weight == "dense":
-        return nullcontext()
-    return pytest.warns(sdgp.SDGPFallbackWarning, match="spatial: grad_weight .* unpadded 1x1")
+def said() -> AbstractContextManager[object]:
+    """Expect what is said of the 3x3 convolution, which is no single product."""
+    return pytest.warns(sdgp.SDGPFallbackWarning, match="spatial: .* only an unpadded 1x1")
 
 
 def net(config: sdgp.SDGPConfig) -> nn.Module:
@@ -77,9 +72,12 @@ def net(config: sdgp.SDGPConfig) -> nn.Module:
 def test_training_steps_equal_the_dense_backend(
     emulated: CusparseLtBackend, emulator: Emulator, grad_weight: str
 ) -> None:
-    config = NEVER.replace(grad_weight=grad_weight, grad_weight_prune="magnitude")
+    # The 3x3 convolution prunes in both.
+    config = NEVER.replace(
+        grad_weight=grad_weight, grad_weight_prune="magnitude", on_unsupported="emulate"
+    )
     model, twin = net(config), net(config.replace(backend="dense"))
-    with said(config):
+    with said():
         sparse = gradients(model)
     dense = gradients(twin)
     records = {
@@ -87,10 +85,11 @@ def test_training_steps_equal_the_dense_backend(
     }
     assert set(records) == {"point", "spatial", "up", "down"}
     for name, record in records.items():
-        assert record.calls["grad_input", "cusparselt"] == 2, (name, record)
-        if grad_weight == "sparse" and name != "spatial":
-            assert record.calls["grad_weight", "cusparselt"] == 2, (name, record)
-    assert emulator.calls("cusparseLtMatmul") >= 8
+        way = "emulated" if name == "spatial" else "sparse"
+        assert record.calls["grad_input", way] == 2, (name, record)
+        if grad_weight == "sparse":
+            assert record.calls["grad_weight", way] == 2, (name, record)
+    assert emulator.calls("cusparseLtMatmul") >= 6
     for a, b in zip(sparse, dense, strict=True):
         # Each of the layers between a parameter and the loss rounds once more to bfloat16.
         assert (a - b).norm() <= 8 * EPS * b.norm()
@@ -112,13 +111,13 @@ def test_both_gradients_of_a_linear_layer_come_from_one_read(
     layer(x).backward(grad_output)  # learns the orders
     x.grad = layer.weight.grad = None
     reads = []
-    real = cusparselt_backend.pack_gradient
+    real = packers.ReferencePacker.__call__
 
-    def counting(*args: object, **kwargs: object) -> object:
-        reads.append(kwargs)
-        return real(*args, **kwargs)
+    def counting(*args: object) -> None:
+        reads.append(args)
+        real(*args)
 
-    monkeypatch.setattr(cusparselt_backend, "pack_gradient", counting)
+    monkeypatch.setattr(packers.ReferencePacker, "__call__", counting)
     layer(x).backward(grad_output)
     whole = torch.Size(shape).numel() % 16 == 0
     assert len(reads) == (1 if whole else 2)
@@ -128,14 +127,16 @@ def test_both_gradients_of_a_linear_layer_come_from_one_read(
     reference = sdgp.prune(flat, dim=0).double().t() @ x.detach().reshape(-1, 32).double()
     assert (layer.weight.grad - reference).norm() <= 2 * EPS * reference.norm()
     assert layer.sdgp_record.calls == {
-        ("grad_input", "cusparselt"): 2,
-        ("grad_weight", "cusparselt"): 2,
+        ("grad_input", "sparse"): 2,
+        ("grad_weight", "sparse"): 2,
     }
 
 
 def test_many_threads_at_once(emulated: CusparseLtBackend, emulator: Emulator) -> None:
     emulator.thread_check()
-    expected, failures = gradients(net(NEVER)), []
+    with said():
+        expected = gradients(net(NEVER))
+    failures = []
 
     def work() -> None:
         try:
@@ -148,7 +149,7 @@ def test_many_threads_at_once(emulated: CusparseLtBackend, emulator: Emulator) -
                 layer(x).backward(grad_output)
             reference = sdgp.prune(grad_output).float() @ layer.weight.detach().float()
             assert (x.grad.float() - reference).norm() <= 2 * EPS * reference.norm()
-            assert layer.sdgp_record.calls["grad_input", "cusparselt"] == 3
+            assert layer.sdgp_record.calls["grad_input", "sparse"] == 3
         except BaseException as error:
             failures.append(error)
         finally:
@@ -185,10 +186,10 @@ def test_first_use_takes_the_faster_way(
     timed_by(monkeypatch, dense_us=100.0)
     layer, x, grad_output = linear(NEVER.replace(tune="first_use"))
     layer(x).backward(grad_output)
-    assert dict(layer.sdgp_record.calls) == {("grad_input", "cusparselt"): 1}
+    assert dict(layer.sdgp_record.calls) == {("grad_input", "sparse"): 1}
 
 
-@pytest.mark.parametrize("on_slower, way", [("dense", "unpruned"), ("prune", "dense")])
+@pytest.mark.parametrize("on_slower, way", [("plain", "plain"), ("emulate", "emulated")])
 def test_a_slower_sparse_path_is_not_taken(
     emulated: CusparseLtBackend, monkeypatch: pytest.MonkeyPatch, on_slower: str, way: str
 ) -> None:
@@ -198,25 +199,47 @@ def test_a_slower_sparse_path_is_not_taken(
         warnings.simplefilter("error")  # a choice, not a fallback
         layer(x).backward(grad_output)
     assert dict(layer.sdgp_record.calls) == {("grad_input", way): 1}
-    gradient = grad_output if on_slower == "dense" else sdgp.prune(grad_output)
+    gradient = grad_output if on_slower == "plain" else sdgp.prune(grad_output)
     assert torch.equal(x.grad, gradient @ layer.weight.detach())
     forced, x, grad_output = linear(NEVER.replace(tune="first_use", backend="cusparselt"))
     forced(x).backward(grad_output)
-    assert dict(forced.sdgp_record.calls) == {("grad_input", "cusparselt"): 1}
+    assert dict(forced.sdgp_record.calls) == {("grad_input", "sparse"): 1}
 
 
-def test_untuned_shapes_stay_dense_and_say_so(emulated: CusparseLtBackend) -> None:
-    layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude"))
+def test_the_default_tunes_at_first_use_and_says_so(
+    emulated: CusparseLtBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    timed_by(monkeypatch, dense_us=100.0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)).bfloat16()
+    sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    x = torch.randn(40, 32, dtype=torch.bfloat16, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).backward(torch.randn(40, 32, dtype=torch.bfloat16))
+    assert all(layer.sdgp_record.calls == {("grad_input", "sparse"): 1} for layer in model)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "tuned 2 products" in lines[1] and "2 sparse, 0 plain" in lines[1]
+    x.grad = None
+    model(x).backward(torch.randn(40, 32, dtype=torch.bfloat16))
+    assert capsys.readouterr().err == ""
+
+
+def test_untuned_shapes_run_plain_and_say_so(emulated: CusparseLtBackend) -> None:
+    layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude", tune="ahead"))
     with pytest.warns(sdgp.SDGPFallbackWarning, match="not tuned yet: run sdgp tune"):
         layer(x).backward(grad_output)
-    assert dict(layer.sdgp_record.calls) == {("grad_input", "dense"): 1}
-    strict, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude", on_unsupported="raise"))
+    assert dict(layer.sdgp_record.calls) == {("grad_input", "plain"): 1}
+    strict, x, grad_output = linear(
+        sdgp.SDGPConfig(prune="magnitude", tune="ahead", on_unsupported="raise")
+    )
     with pytest.raises(sdgp.NotSupportedError, match="not tuned yet"):
         strict(x).backward(grad_output)
 
 
 @pytest.mark.parametrize("kind", [Bad.ALWAYS_WRONG, Bad.NON_DETERMINISTIC, Bad.GIVES_NAN])
-def test_all_algorithms_bad_means_dense(
+def test_all_algorithms_bad_means_plain(
     emulated: CusparseLtBackend, emulator: Emulator, kind: Bad
 ) -> None:
     emulator.max_alg_id(2)
@@ -225,18 +248,18 @@ def test_all_algorithms_bad_means_dense(
     layer, x, grad_output = linear(NEVER.replace(tune="first_use"))
     with pytest.warns(sdgp.SDGPFallbackWarning):
         layer(x).backward(grad_output)
-    assert dict(layer.sdgp_record.calls) == {("grad_input", "dense"): 1}
-    assert torch.equal(x.grad, sdgp.prune(grad_output) @ layer.weight.detach())
+    assert dict(layer.sdgp_record.calls) == {("grad_input", "plain"): 1}
+    assert torch.equal(x.grad, grad_output @ layer.weight.detach())
 
 
-def test_a_layer_that_fails_a_check_goes_dense_and_names_the_element(
+def test_a_layer_that_fails_a_check_goes_plain_and_names_the_element(
     emulated: CusparseLtBackend, emulator: Emulator
 ) -> None:
     layer, x, grad_output = linear(NEVER.replace(check_every=2))
     for _ in range(2):
         x.grad = None
         layer(x).backward(grad_output)
-    assert layer.sdgp_record.calls["grad_input", "cusparselt"] == 2
+    assert layer.sdgp_record.calls["grad_input", "sparse"] == 2
     emulator.bad_algorithm(0, Bad.ALWAYS_WRONG)  # proven before; goes bad now
     emulated.plans.clear()
     x.grad = None
@@ -244,10 +267,10 @@ def test_a_layer_that_fails_a_check_goes_dense_and_names_the_element(
     with pytest.warns(sdgp.SDGPFallbackWarning, match=words) as caught:
         layer(x).backward(grad_output)
     assert "alg_id=0" in str(caught[0].message)
-    assert torch.equal(x.grad, sdgp.prune(grad_output) @ layer.weight.detach())
-    assert layer.sdgp_record.calls["grad_input", "dense"] == 1
+    assert torch.equal(x.grad, grad_output @ layer.weight.detach())
+    assert layer.sdgp_record.calls["grad_input", "plain"] == 1
     layer(x).backward(grad_output)
-    assert layer.sdgp_record.calls["grad_input", "dense"] == 2
+    assert layer.sdgp_record.calls["grad_input", "plain"] == 2
 
 
 def test_a_failed_check_raises_where_falling_back_is_forbidden(
@@ -264,23 +287,23 @@ def test_a_failed_check_raises_where_falling_back_is_forbidden(
 def test_checks_of_every_product_pass_on_a_sound_library(emulated: CusparseLtBackend) -> None:
     config = NEVER.replace(check_every=1, grad_weight="sparse")
     model = net(config)
-    with said(config):
+    with said():
         gradients(model)
     for module in model.modules():
         if hasattr(module, "sdgp_record"):
             assert not module.sdgp_record.broken
-            assert module.sdgp_record.calls["grad_input", "cusparselt"] == 2
+            way = "plain" if module.sdgp_record.name == "spatial" else "sparse"
+            assert module.sdgp_record.calls["grad_input", way] == 2
 
 
 def test_compiled_layers_take_the_same_way(emulated: CusparseLtBackend) -> None:
     torch._dynamo.reset()
     layer, x, grad_output = linear(NEVER)
-    before = COMPILED.calls["grad_input", "cusparselt"]
+    before = COMPILED.calls["grad_input", "sparse"]
     torch.compile(layer, fullgraph=True, backend="aot_eager")(x).backward(grad_output)
-    assert COMPILED.calls["grad_input", "cusparselt"] == before + 1
+    assert COMPILED.calls["grad_input", "sparse"] == before + 1
     reference = sdgp.prune(grad_output).float() @ layer.weight.detach().float()
     assert (x.grad.float() - reference).norm() <= 2 * EPS * reference.norm()
-    COMPILED.routes.clear()
 
 
 def test_decisions_are_looked_up_once_per_problem(
@@ -288,7 +311,6 @@ def test_decisions_are_looked_up_once_per_problem(
 ) -> None:
     layer, x, grad_output = linear(NEVER)
     layer(x).backward(grad_output)
-    monkeypatch.setattr(dispatch, "decision_for", None)  # would raise if it were called
+    monkeypatch.setattr(routes, "decision_for", None)  # would raise if it were called
     layer(x).backward(grad_output)
-    assert layer.sdgp_record.calls["grad_input", "cusparselt"] == 2
-    assert copy.deepcopy(layer).sdgp_record.routes == {}
+    assert layer.sdgp_record.calls["grad_input", "sparse"] == 2

@@ -15,8 +15,7 @@ from bench.bench_models import CONFIGS, LEARNING_RATE, Rig, check
 from bench.operands import executor
 from bench.shapes import CPU_TRAINED, TRAINED, Selection, trained_cases
 from bench.verify import WrongResultError
-from sdgp_cusparselt.backends.dense import DenseBackend
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.recording.records import COMPILED
 from tests.bench.conftest import run_python
 
@@ -105,17 +104,17 @@ def test_compiled_contenders_take_turns_without_being_compiled_anew(case) -> Non
     assert counters["stats"]["unique_graphs"] == 0 and not counters["recompiles"]
     layers = 4 * case.layers
     assert COMPILED.calls - before == Counter(
-        {("grad_input", "dense"): 4 * layers, ("grad_weight", "dense"): 2 * layers}
+        {("grad_input", "emulated"): 4 * layers, ("grad_weight", "emulated"): 2 * layers}
     )
     assert pruned[1].calls_of_a_step() == Counter(
-        {("grad_input", "dense"): layers, ("grad_weight", "dense"): layers}
+        {("grad_input", "emulated"): layers, ("grad_weight", "emulated"): layers}
     )
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run sparse on the emulator, and leave no plan in the one that later tests count in."""
-    monkeypatch.setattr(dispatch, "BACKENDS", [executor("cpu"), DenseBackend()])
+    monkeypatch.setattr(routes, "LIBRARY", executor("cpu"))
     yield
     executor("cpu").plans.clear()
 
@@ -129,7 +128,7 @@ def test_on_the_emulated_library_every_product_of_the_blocks_is_sparse(case) -> 
     assert 0 <= check(loss, rig).of_bound <= 1
     found = bench_models.afterwards(rig, step)
     layers = 4 * case.layers
-    assert found["backends"] == {"grad_input cusparselt": layers, "grad_weight cusparselt": layers}
+    assert found["backends"] == {"grad_input sparse": layers, "grad_weight sparse": layers}
     share = f"grad_input {layers} of {layers}, grad_weight {layers} of {layers}"
     assert report.sparse_share(found["backends"]) == share
     assert found["gradient_norm"] != found["reference_gradient_norm"]
@@ -165,7 +164,7 @@ def test_the_part_runs_and_its_table_says_what_the_file_says(tmp_path: Path) -> 
 
 def test_memory_is_shown_in_units_of_dense() -> None:
     info = {"parameters": 354_900_000, "peak_mib": 51200.0, "reference_peak_mib": 50000.0}
-    info["backends"] = {"grad_input cusparselt": 90, "grad_input unpruned": 6}
+    info["backends"] = {"grad_input sparse": 90, "grad_input plain": 6}
     shape = ("model_step", "grad_input", "gpt-350m-16x1024", "gpt-350m", "24 blocks", 1, 1, 1)
     row = report_data.Row(*shape, 180e3, 200e3, "the dense step", 1.0, False, info)
     table = report.model_table(report_data.Results((row,), (), ()))

@@ -12,7 +12,7 @@ import pytest
 from bench import report
 from bench.report_data import Results, Row, break_even, load, summary
 from bench.report_plots import plot_all
-from sdgp_cusparselt.planner.results import read_points
+from sdgp_cusparselt.planner.results import read_points, result_files
 from tests.bench.conftest import run_python
 
 
@@ -153,6 +153,17 @@ def test_a_later_file_replaces_and_other_cards_are_refused(
     later.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="load: paths must be results of one card"):
         load([later, result_file])
+
+
+def test_an_empty_file_is_no_file(result_file: Path, tmp_path: Path) -> None:
+    """pytest-benchmark before 5.3 leaves one where it measured nothing."""
+    empty = tmp_path / "stopped.json"
+    empty.touch()
+    assert load([empty, result_file]) == load([result_file])
+    folder = tmp_path / "NVIDIA-H100"
+    folder.mkdir()
+    (folder / "stopped.json").touch()
+    assert result_files(tmp_path) == []
 
 
 def test_plots_skip_what_they_have_no_numbers_for(result_file: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import ctypes
 import re
 import subprocess
 from enum import IntEnum
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from tests.bindings.header import (
     prototypes,
     python_name,
 )
+from tests.bindings.wheels import CUSPARSELT, installed_file, installed_version, parsed
 
 C_TYPES = {
     "int": ctypes.c_int,
@@ -31,15 +31,15 @@ C_TYPES = {
 
 
 def installed_header() -> Path:
-    files = distribution("nvidia-cusparselt-cu13").files or []
-    (header,) = [file for file in files if file.name == "cusparseLt.h"]
-    return Path(str(header.locate()))
+    return installed_file("cusparseLt.h")
 
 
 def test_the_installed_header_agrees(tmp_path: Path) -> None:
     answers = assert_header_agrees(installed_header(), tmp_path)
-    assert answers["sizeof cusparseLtHandle_t"] == 512
-    assert answers["alignof cusparseLtMatmulPlan_t"] == 16
+    older = {parsed(row[1]): row for row in CUSPARSELT if parsed(row[1]) <= installed_version()}
+    _, _, size, _, alignment = older[max(older)]
+    assert answers["sizeof cusparseLtHandle_t"] == size
+    assert answers["alignof cusparseLtMatmulPlan_t"] == alignment
 
 
 def test_every_member_stands_in_the_installed_header() -> None:

@@ -19,6 +19,7 @@ from pycusparselt.errors import (
     UnsupportedVersionError,
 )
 
+from tests.bindings.wheels import installed_file
 from tests.emulator.control import Emulator
 
 ROOT = Path(__file__).parents[2]
@@ -184,11 +185,9 @@ def test_import_opens_nothing_and_search_keeps_symbols_local() -> None:
 def test_a_copy_that_is_already_loaded_is_used() -> None:
     code = (
         "import ctypes, os\n"
-        "from importlib.metadata import distribution\n"
         "import pycusparselt as cslt\n"
         "from pycusparselt import loader\n"
-        "files = distribution('nvidia-cusparselt-cu13').files\n"
-        "path = next(str(f.locate()) for f in files if f.name == 'libcusparseLt.so.0')\n"
+        f"path = {str(installed_file('libcusparseLt.so.0'))!r}\n"
         "held = ctypes.CDLL(path)\n"
         "loader._FIND = 'raise SystemExit(9)'\n"
         "assert os.path.samefile(cslt.load().path, path)\n"

@@ -13,16 +13,11 @@ from pycusparselt import abi
 from pycusparselt.cusparselt import FUNCTIONS
 
 from tests.bindings.header import STRUCTS, assert_header_agrees
-from tests.bindings.wheels import CUSPARSELT, fetch, one_file
+from tests.bindings.wheels import CUSPARSELT, SINCE_0_8, fetch, one_file
 
 pytestmark = [pytest.mark.abi, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 VERSIONS = {version: row for row in CUSPARSELT for version in (f"{row[0][-4:]}-{row[1]}",)}
-SINCE_0_8 = {
-    "cusparseLtMatmulAlgSelectionDestroy",
-    "cusparseLtGetErrorName",
-    "cusparseLtGetErrorString",
-}
 
 LOAD = """
 import json, sys, warnings

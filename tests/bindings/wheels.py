@@ -1,12 +1,14 @@
-"""Download the wheels that the binding promises to fit, and unpack them, once."""
+"""The cuSPARSELt wheels: the one that is installed, and downloads of those the binding promises."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+import pytest
 from filelock import FileLock
 
 FOLDER = Path(__file__).parents[2] / "build" / "wheels"
@@ -22,6 +24,39 @@ CUSPARSELT = (
     ("nvidia-cusparselt-cu13", "0.9.1", 512, 31, 16),
     ("nvidia-cusparselt-cu13", "0.10.0", 512, 31, 16),
 )
+
+# What libraries before 0.8 do not export.
+SINCE_0_8 = {
+    "cusparseLtMatmulAlgSelectionDestroy",
+    "cusparseLtGetErrorName",
+    "cusparseLtGetErrorString",
+}
+
+
+def installed() -> Distribution:
+    """Return the wheel of this environment: a CUDA build of torch brings the one for its CUDA."""
+    for name in ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12"):
+        try:
+            return distribution(name)
+        except PackageNotFoundError:
+            continue
+    pytest.skip("no cuSPARSELt wheel is installed: pip install nvidia-cusparselt-cu13")
+
+
+def installed_version() -> tuple[int, ...]:
+    """Return (major, minor, patch) of the installed wheel."""
+    return parsed(installed().version)
+
+
+def parsed(version: str) -> tuple[int, ...]:
+    """Return (major, minor, patch) of a version's text."""
+    return tuple(int(part) for part in version.split(".")[:3])
+
+
+def installed_file(name: str) -> Path:
+    """Return the only file of a name in the installed wheel."""
+    (found,) = [file for file in installed().files or () if file.name == name]
+    return Path(str(found.locate()))
 
 
 def fetch(distribution: str, version: str) -> Path:

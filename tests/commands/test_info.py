@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pycusparselt
 import pytest
@@ -12,6 +13,8 @@ import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.commands import info, parser
+from sdgp_cusparselt.products.operands import LinearGradInput
+from sdgp_cusparselt.products.sparse import sparse_product
 from tests.emulator.build import build
 from tests.emulator.control import Emulator
 
@@ -49,6 +52,25 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch) -> None
     assert "not loaded" in json.loads(result.stdout)["cusparselt"]
 
 
+def wheel(folder: Path, name: str, version: str) -> None:
+    """Write what pip leaves of a wheel that installed libcusparseLt.so.0 into ``folder``."""
+    record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (record / "RECORD").write_text("nvidia/cusparselt/lib/libcusparseLt.so.0,,\n")
+
+
+def test_two_wheels_that_own_one_library_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    wheel(tmp_path, "nvidia-cusparselt-cu13", "0.8.1")
+    assert "cusparselt conflict" not in info.collect()
+    wheel(tmp_path, "nvidia-cusparselt-cu12", "0.7.1")
+    line = info.collect()["cusparselt conflict"]
+    assert line.startswith("nvidia-cusparselt-cu12 0.7.1 and nvidia-cusparselt-cu13 0.8.1 both own")
+    assert str(tmp_path / "nvidia") in line
+    assert "pip uninstall nvidia-cusparselt-cu12 nvidia-cusparselt-cu13," in line
+
+
 def test_the_command_line_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parser.main(["--help"])
@@ -75,7 +97,8 @@ def test_learned_layouts_are_listed(
     capsys: pytest.CaptureFixture[str], emulated_backend: CusparseLtBackend
 ) -> None:
     grad_output, weight = torch.randn(256, 64).bfloat16(), torch.randn(64, 32).bfloat16()
-    emulated_backend.linear_grad_input(grad_output, weight, sdgp.SDGPConfig(prune="magnitude"))
+    operands = LinearGradInput(grad_output, weight)
+    sparse_product(emulated_backend, operands, sdgp.SDGPConfig(prune="magnitude"))
     assert parser.main(["info", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     (line,) = [value for key, value in report.items() if key.startswith("layout: ")]

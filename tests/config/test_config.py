@@ -18,7 +18,7 @@ import sdgp_cusparselt as sdgp
         ({"n": 2.0}, TypeError, "n must be an int, got 2.0"),
         ({"m": "4"}, TypeError, "m must be an int, got '4'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, cusparselt, dense"),
-        ({"on_unsupported": "warn"}, ValueError, "on_unsupported must be one of dense, raise"),
+        ({"on_unsupported": "dense"}, ValueError, "must be one of plain, emulate, raise"),
         ({"grad_weight": True}, ValueError, "grad_weight must be one of dense, sparse"),
         ({"grad_weight": "sparse", "m": 8}, ValueError, 'grad_weight must be "dense" for'),
         ({"check_every": -1}, ValueError, "check_every must be >= 0, got -1"),

@@ -232,7 +232,7 @@ class Counting:
             self.calls += 1
             return real(*args, **kwargs)
 
-        monkeypatch.setattr("sdgp_cusparselt.backends.dense.prune", counting)
+        monkeypatch.setattr("sdgp_cusparselt.backends.emulation.prune", counting)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])

@@ -8,6 +8,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
+from tests.helpers import in_float64
 
 Build = Callable[[], tuple[nn.Module, dict[str, Tensor]]]
 TEXT = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -124,7 +125,7 @@ def test_convert_train_and_revert(name: str) -> None:
         assert torch.isfinite(loss)
     for fqn in report.converted:
         layer = model.get_submodule(fqn)
-        assert layer.sdgp_record.calls["grad_input", "dense"] == 2, fqn
+        assert layer.sdgp_record.calls["grad_input", "emulated"] == 2, fqn
         assert layer.weight.grad is not None
 
     sdgp.revert_(model)
@@ -137,7 +138,8 @@ def test_convert_train_and_revert(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_without_pruning_a_converted_model_trains_as_the_plain_one(name: str) -> None:
-    model, batch = MODELS[name][0]()
+    with in_float64():  # where the order of summation is out of sight
+        model, batch = MODELS[name][0]()
     model.eval()  # no dropout
     model(**batch).loss.backward()
     plain = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
@@ -146,7 +148,7 @@ def test_without_pruning_a_converted_model_trains_as_the_plain_one(name: str) ->
     model(**batch).loss.backward()
     for key, parameter in model.named_parameters():
         if key in plain:
-            torch.testing.assert_close(parameter.grad, plain[key], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(parameter.grad, plain[key])
 
 
 def test_conv1d_gradients_equal_the_formula() -> None:

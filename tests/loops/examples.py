@@ -11,6 +11,9 @@ from unittest.mock import patch
 import sdgp_cusparselt as sdgp
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TOKENS = 8 * 64
+#: transformers takes the mean loss over the tokens in float32, whatever the model computes in.
+LOSS_TOLERANCE = TOKENS * 2**-24
 
 
 def load(name: str) -> ModuleType:

@@ -1,12 +1,7 @@
 """DDP, FSDP2 and tuning ranks: judges what two_ranks.py found in two processes."""
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
+from tests.loops.examples import LOSS_TOLERANCE, TOKENS
+from tests.loops.launch import in_two_processes
 
-ROOT = Path(__file__).parents[2]
 STEPS, LEARNING_RATE, ADAM_EPS = 3, 3e-3, 1e-8
-TOKENS = 8 * 64
 #: A gradient is a sum of at most this many products, each of which stays below 1 here.
 SUMMANDS = TOKENS * 256
 #: Another order of summation moves a gradient by at most SUMMANDS * 2**-53, and that moves an AdamW
@@ -25,25 +20,10 @@ SUMMANDS = TOKENS * 256
 #: far below the distance of any two magnitudes, so the same elements survive the pruning.
 WEIGHT_TOLERANCE = STEPS * LEARNING_RATE / ADAM_EPS * SUMMANDS * 2**-53
 
-#: transformers takes the mean loss over the tokens in float32, whatever the model computes in.
-LOSS_TOLERANCE = TOKENS * 2**-24
-
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tests.loops.two_ranks", str(folder / "found")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bindings")]),
-        "SDGP_CACHE_DIR": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((folder / "found").read_text())
+    return in_two_processes("two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +47,12 @@ def test_a_rank_that_fails_to_tune_does_not_hang_the_others(found: dict[str, Any
     assert found["rank 0 failed"] and found["rank 0 holds the turn"]
     assert found["after a failure"] == "sparse", "rank 1 tuned in its stead"
     assert found["rank 0 reads"] == "sparse", "and rank 0 read what it found"
+
+
+def test_one_rank_tunes_each_product_and_the_other_reads_it(found: dict[str, Any]) -> None:
+    (first, uses), (second, others) = found["searches and uses"]
+    assert uses == others == ["sparse"] * 8
+    assert first + second == 8, "each product is searched for once"
     use, transient, reason = found["while stuck"]
     assert (use, transient) == ("dense", True), reason
 
@@ -91,7 +77,7 @@ def test_a_layer_that_is_sharded_itself_is_converted_first_or_not_at_all(
 
 def grad_of(method: str, x: Tensor, target: Tensor) -> Tensor:
     torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).double()
     sdgp.convert_(model, sdgp.SDGPConfig(prune=method, backend="dense"))
     ((model(x) - target) ** 2).mean().backward()
     grad = model[0].weight.grad
@@ -112,7 +98,7 @@ def test_which_methods_commute_with_splitting_the_batch(
     method: str, shape: tuple[int, ...], commutes: bool
 ) -> None:
     """Magnitude looks at one token, rescaled at one sample; without samples, at all tokens."""
-    x, target = torch.randn(shape), torch.randn(shape)
+    x, target = torch.randn(shape).double(), torch.randn(shape).double()
     whole = grad_of(method, x, target)
     halves = [grad_of(method, a, b) for a, b in zip(x.chunk(2), target.chunk(2), strict=True)]
-    assert torch.allclose((halves[0] + halves[1]) / 2, whole, rtol=1e-4, atol=1e-6) is commutes
+    assert torch.allclose((halves[0] + halves[1]) / 2, whole, rtol=1e-9, atol=1e-12) is commutes

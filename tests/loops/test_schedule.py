@@ -94,7 +94,7 @@ def test_beta_0_is_plain_pruning_and_beta_1_is_dense_bit_for_bit(method: str, ma
 
 
 def test_what_is_kept_keeps_its_bits_and_an_inf_stays_one_under_decay() -> None:
-    from sdgp_cusparselt.backends.dense import prune_features
+    from sdgp_cusparselt.backends.emulation import prune_features
 
     grad = torch.randn(4, 8).bfloat16()
     grad[0, 1], grad[1, 2], grad[2, 3] = torch.inf, -torch.inf, torch.nan

@@ -127,7 +127,7 @@ def test_phases_on_a_gpu_run_densely_emulated_and_on_sparse_tensor_cores() -> No
         prune="magnitude",
         backend="cusparselt",
         tune="never",
-        on_unsupported="dense",
+        on_unsupported="plain",
         schedule=schedule,
     )
     sdgp.convert_(module, config)
@@ -143,7 +143,7 @@ def test_phases_on_a_gpu_run_densely_emulated_and_on_sparse_tensor_cores() -> No
         assert_product(x.grad.cpu(), pruned.cpu(), module.weight.detach().cpu())
         calls.append(dict(module.sdgp_record.calls))
         sdgp.step(module)
-    dense, sparse = ("grad_input", "dense"), ("grad_input", "cusparselt")
+    dense, sparse = ("grad_input", "emulated"), ("grad_input", "sparse")
     assert calls[1] == {} and calls[2] == {dense: 1}, "plain, then 3:4 is emulated"
     assert calls[5] == {dense: 1, sparse: 3}
 

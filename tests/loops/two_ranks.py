@@ -3,14 +3,13 @@
 Writes what rank 0 found to the JSON file in argv[1]; test_distributed.py judges it.
 """
 
-import contextlib
 import copy
 import datetime
 import json
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.tuning import Decision, TuningCache, decision_for
+from tests.helpers import in_float64
 from tests.loops.examples import EXAMPLES, load, pruned_by
 from tests.tuning.fakes import GEMM, FakeExecutor, fixed
 
@@ -34,7 +34,7 @@ STEPS = 3
 class FailingExecutor(FakeExecutor):
     """Dies of something that no tuning expects, once the other rank knows that it tunes."""
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
         dist.barrier()
         raise RuntimeError("this rank's GPU fell off the bus")
 
@@ -54,22 +54,6 @@ def scripts() -> None:
             runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-@contextlib.contextmanager
-def in_float64() -> Iterator[None]:
-    """Have new models compute in float64.
-
-    Half batches add up in another order than whole ones. In float32 that decides now and then which
-    of two nearly equal gradients survives, differently with each CPU's libraries; AdamW makes a
-    full step of it.
-    """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def examples(found: dict[str, Any]) -> None:
     """Train the examples on half batches here and on whole batches alone."""
     half = load("tiny_gpt").BATCH // 2
@@ -85,11 +69,13 @@ def examples(found: dict[str, Any]) -> None:
     found["losses"] = losses
 
 
-def decide(cache: TuningCache, executor: FakeExecutor) -> Decision:
+def decide(
+    cache: TuningCache, executor: FakeExecutor, gemm: Gemm = GEMM, tune: str = "first_use"
+) -> Decision:
     return decision_for(
-        GEMM,
+        gemm,
         executor,
-        sdgp.SDGPConfig(prune="magnitude", tune="first_use"),
+        sdgp.SDGPConfig(prune="magnitude", tune=tune),
         method="magnitude",
         transpose=False,
         capturing=False,
@@ -112,7 +98,7 @@ def failing_tuner(found: dict[str, Any], folder: Path) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         found["rank 0 failed"] = failed
-        found["rank 0 reads"] = decide(TuningCache(folder / "failing"), FailingExecutor()).use
+        found["rank 0 reads"] = decide(TuningCache(folder / "failing"), FailingExecutor("good")).use
 
 
 def stuck_tuner(found: dict[str, Any], folder: Path) -> None:
@@ -130,15 +116,26 @@ def stuck_tuner(found: dict[str, Any], folder: Path) -> None:
         dist.barrier()
 
 
+def one_rank_decides(found: dict[str, Any], folder: Path) -> None:
+    """Both ranks meet the same products at the same time, as data parallel ones do."""
+    cache, executor = TuningCache(folder / "auto"), FakeExecutor("good")
+    widths = range(16, 80, 8)
+    dist.barrier()
+    uses = [decide(cache, executor, replace(GEMM, n=n), "auto").use for n in widths]
+    searched: list[Any] = [None, None]
+    dist.all_gather_object(searched, (executor.calls["candidates"], uses))
+    found["searches and uses"] = searched
+
+
 def block() -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).double()
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     torch.manual_seed(4)
     model.zero_grad()
-    model(torch.randn(8, 16)).square().sum().backward()
+    model(torch.randn(8, 16).double()).square().sum().backward()
     grads = (p.grad for p in model.parameters())
     return [getattr(g, "full_tensor", lambda g=g: g)() for g in grads]
 
@@ -190,6 +187,7 @@ def main() -> None:
     examples(found)
     failing_tuner(found, target.parent)
     stuck_tuner(found, target.parent)
+    one_rank_decides(found, target.parent)
     order(found)
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, found)

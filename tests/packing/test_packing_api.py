@@ -8,7 +8,8 @@ import torch
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.packing import launch
 from sdgp_cusparselt.packing import layout as layouts
-from sdgp_cusparselt.packing.pack import draw_seeds, matmul, pack, pack_gradient
+from sdgp_cusparselt.packing.pack import matmul, pack, pack_gradient
+from sdgp_cusparselt.packing.seeds import draw_seeds, seeds_tensor
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -28,11 +29,60 @@ def test_rescaling_preserves_column_sums_of_magnitudes() -> None:
 
 
 def test_seeds_follow_torchs_generator() -> None:
+    cpu = torch.device("cpu")
     generator = torch.Generator().manual_seed(5)
-    first = draw_seeds(torch.device("cpu"), generator)
-    second = draw_seeds(torch.device("cpu"), generator)
-    again = draw_seeds(torch.device("cpu"), torch.Generator().manual_seed(5))
-    assert torch.equal(first, again) and not torch.equal(first, second)
+    first, second = draw_seeds(cpu, generator), draw_seeds(cpu, generator)
+    assert first == draw_seeds(cpu, torch.Generator().manual_seed(5)) != second
+    torch.manual_seed(7)
+    default = draw_seeds(cpu)
+    torch.manual_seed(7)
+    assert draw_seeds(cpu) == default
+    assert seeds_tensor(first, cpu).tolist() == list(first)
+
+
+class FakeGenerator:
+    """What ``draw_seeds`` asks of a CUDA generator."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, seed: int, offset: int) -> None:
+        self.seed, self.offset = seed, offset
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        self.offset = offset
+
+
+def test_a_cuda_generator_lends_its_philox_state_and_moves_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    generator = FakeGenerator(2**64 - 3, 40)
+    pairs = [draw_seeds(torch.device("cuda", 0), generator) for _ in range(2)]  # type: ignore[arg-type]
+    assert pairs == [(-3, 40), (-3, 44)]
+
+
+@pytest.mark.gpu
+def test_seeds_are_drawn_into_memory_under_capture() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seeds = draw_seeds(torch.device("cuda", 0))
+    assert isinstance(seeds, torch.Tensor) and seeds.is_cuda
+
+
+def test_one_of_four_packs_by_kernel_and_reference_and_three_is_refused() -> None:
+    x = torch.randn(32, 32).half()
+    packed = pack_gradient(x, n=1).features
+    assert packed is not None and (packed.unpack().view(-1, 4) != 0).sum(-1).max() == 1
+    with pytest.raises(ValueError, match="n must be 1 or 2"):
+        pack_gradient(x, n=3)
 
 
 def test_matmul_is_the_product_of_the_unpacked_operand() -> None:

@@ -137,8 +137,14 @@ ORDERINGS = {
 }
 
 
-@pytest.mark.parametrize("ordering", ORDERINGS)
-@pytest.mark.parametrize("full_sizes", [False, True])
+@pytest.mark.parametrize(
+    "ordering, full_sizes",
+    [
+        *((ordering, False) for ordering in ORDERINGS),
+        ("up", True),
+        *(pytest.param(ordering, True, marks=pytest.mark.slow) for ordering in ("down", "mixed")),
+    ],
+)
 def test_every_one_of_204_shapes_is_proven_whatever_came_before(
     emulator: Emulator,
     planner: Planner,

@@ -6,64 +6,107 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from sdgp_cusparselt.packing import launch
+from sdgp_cusparselt.config.patterns import METHODS
+from sdgp_cusparselt.packing import launch, variants
 from sdgp_cusparselt.packing import layout as layouts
 from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
-from sdgp_cusparselt.packing.pack import METHODS, PackedGradient, pack_gradient
+from sdgp_cusparselt.packing.pack import PackedGradient, pack_gradient
 from sdgp_cusparselt.packing.packed import Packed24
 from sdgp_cusparselt.packing.reference import Draws, pack_operand
 
 SEEDS = torch.tensor([0x1234_5678_9ABC_DEF0, -(2**62) + 12345])
-# Three bits of a word are at home in a block of the first. In the second, the two nibbles of a
-# byte are 32 rows apart, further than a block of the one-direction kernel is high.
+# Three bits of a word are at home in a block of the first, one in a block of the second; in the
+# third, the two nibbles of a byte are 32 rows apart, further than a block is high by itself.
 SCATTERED = MetadataLayout(
     "scattered", (2, 4, 8, 16, 32, 1), (64, 128), "groups", region=((64, 16),)
 )
-ODD_LAYOUTS = (cases.random_layout(3, 5, 3, "groups"), SCATTERED)
+ODD_LAYOUTS = (
+    cases.random_layout(3, 5, 3, "groups"),
+    cases.random_layout(5, 1, 2),
+    SCATTERED,
+    MetadataLayout("padded with 5", (1, 8, 16, 32), (2, 4), padding=5),
+)
 LAYOUTS = (*layouts.NAMED.values(), *ODD_LAYOUTS)
+WAYS = {"features": (False,), "tokens": (True,), "both": (False, True)}
+# Ratios of each way: [samples, K] along features, [M] along tokens.
+Ratios = dict[bool, Tensor]
 
 
 def run_kernel(
-    x: torch.Tensor,
+    x: Tensor,
     method: str,
     layout: MetadataLayout,
     directions: str,
-    ratio: torch.Tensor | None = None,
-    rows_per_ratio: int = 1,
+    *,
+    ratios: Ratios | None = None,
+    rows_per_ratio: int | None = None,
     poison: int = 0x5A,
-) -> tuple[dict[bool, Packed24], torch.Tensor | None]:
+    n: int = 2,
+    in_memory: bool = False,
+) -> tuple[dict[bool, Packed24], Tensor | None]:
     """Launch on outputs filled with a byte that packing does not write by chance alone."""
-    wanted = []
-    for transposed in (False, True):
-        if ("tokens" if transposed else "features") in directions or directions == "both":
-            shape = (x.shape[1], x.shape[0]) if transposed else (x.shape[0], x.shape[1])
-            packed = Packed24.empty(shape, x.dtype, layout, device=x.device, transposed=transposed)
-            packed.buffer.fill_(poison)
-            wanted.append(launch.Direction(packed, method, transposed))
-    sums = launch.launch_pack(
-        x,
-        wanted,
-        ratio=ratio,
-        rows_per_ratio=rows_per_ratio,
-        seeds=SEEDS.to(x.device),
+    read, ways = launch.aligned(x), WAYS[directions]
+    rows, cols = x.shape
+    prepared = launch.prepare_pack(
+        (rows, cols),
+        read.stride(0),
+        x.dtype,
+        x.device,
+        features=method if False in ways else None,
+        tokens=method if True in ways else None,
+        features_layout=layout,
+        tokens_layout=layout,
+        n=n,
         column_sums=directions == "both",
+        rows_per_ratio=rows_per_ratio,
+        seeds_in_memory=in_memory,
     )
-    return {direction.transposed: direction.packed for direction in wanted}, sums
+    sizes = (prepared.features_nbytes, prepared.tokens_nbytes)
+    buffers = [torch.full((size,), poison, dtype=torch.uint8, device=x.device) for size in sizes]
+    sums = None
+    if prepared.sums_shape is not None:
+        sums = torch.full(prepared.sums_shape, torch.nan, device=x.device)
+    given = {way: ratio.to(x.device) for way, ratio in (ratios or {}).items()}
+    if False in given and prepared.width != cols:
+        pad = (0, prepared.width - cols)
+        given[False] = torch.nn.functional.pad(given[False], pad).contiguous()
+    seeds = SEEDS.to(x.device)
+    seed, offset = (0, 0) if in_memory else SEEDS.tolist()
+    with launch.on_device(x.device):
+        prepared(
+            read.data_ptr(),
+            buffers[0].data_ptr(),
+            buffers[1].data_ptr(),
+            seed,
+            offset,
+            launch.current_stream(x.device),
+            seeds=seeds.data_ptr() if in_memory else 0,
+            features_ratio=given[False].data_ptr() if False in given else 0,
+            tokens_ratio=given[True].data_ptr() if True in given else 0,
+            sums=0 if sums is None else sums.data_ptr(),
+        )
+    shapes = {False: (rows, cols), True: (cols, rows)}
+    packed = {way: Packed24(buffers[way], shapes[way], x.dtype, layout, way) for way in ways}
+    return packed, None if sums is None else sums[:, :cols]
 
 
 def expected(
-    x: torch.Tensor,
-    method: str,
-    layout: MetadataLayout,
-    transposed: bool,
-    ratio: torch.Tensor | None,
+    x: Tensor, method: str, layout: MetadataLayout, transposed: bool, ratios: Ratios, n: int = 2
 ) -> Packed24:
     operand = x.cpu().t() if transposed else x.cpu()
-    if ratio is not None:
-        ratio = ratio.t() if transposed else ratio
     draws = Draws(SEEDS, int(transposed))
-    return pack_operand(operand, layout, method=method, ratio=ratio, draws=draws)
+    ratio = ratios.get(transposed)
+    return pack_operand(operand, layout, method=method, n=n, ratio=ratio, draws=draws)
+
+
+def some_ratios(rows: int, cols: int, seed: int = 0) -> Ratios:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        False: torch.rand((1, cols), generator=generator) + 0.5,
+        True: torch.rand((rows,), generator=generator) + 0.5,
+    }
 
 
 def fits(layout: MetadataLayout, rows: int, cols: int) -> bool:
@@ -72,7 +115,7 @@ def fits(layout: MetadataLayout, rows: int, cols: int) -> bool:
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     seed=st.integers(0, 10**6),
@@ -80,6 +123,7 @@ def fits(layout: MetadataLayout, rows: int, cols: int) -> bool:
     groups=st.integers(1, 24),
     extra=st.integers(0, 9),
     method=st.sampled_from([m for m in METHODS if m != "none"]),
+    n=st.sampled_from([2, 2, 1]),
     dtype=st.sampled_from(cases.FLOAT_DTYPES),
     layout=st.sampled_from(LAYOUTS),
     directions=st.sampled_from(["features", "tokens", "both"]),
@@ -91,6 +135,7 @@ def test_bytes_equal_the_reference(
     groups: int,
     extra: int,
     method: str,
+    n: int,
     dtype: torch.dtype,
     layout: MetadataLayout,
     directions: str,
@@ -100,13 +145,10 @@ def test_bytes_equal_the_reference(
         layout = layouts.PLAIN
     wide = cases.adversarial(rows, cols + extra, dtype, seed).to(device)
     x = wide[:, :cols]  # rows lie further apart than they are wide
-    ratio = None
-    if method == "rescaled_magnitude":
-        ratio = torch.rand(1, cols, generator=torch.Generator().manual_seed(seed)) + 0.5
-    placed = None if ratio is None else ratio.to(device)
-    got, sums = run_kernel(x, method, layout, directions, placed, rows)
+    ratios = some_ratios(rows, cols, seed)
+    got, sums = run_kernel(x, method, layout, directions, ratios=ratios, n=n)
     for transposed, packed in got.items():
-        want = expected(x, method, layout, transposed, ratio)
+        want = expected(x, method, layout, transposed, ratios, n)
         assert cases.same_bits(packed.values.cpu(), want.values)
         assert cases.same_bits(packed.metadata.cpu(), want.metadata)
     if sums is not None:
@@ -119,7 +161,9 @@ def test_bytes_equal_the_reference(
 
 @pytest.mark.parametrize(
     "layout, method",
-    [(layout, "magnitude") for layout in LAYOUTS] + [(layouts.PLAIN, m) for m in METHODS],
+    [(layout, "magnitude") for layout in LAYOUTS]
+    + [(layout, "random") for layout in ODD_LAYOUTS]
+    + [(layouts.PLAIN, m) for m in METHODS],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_every_byte_is_written(device: str, layout: MetadataLayout, method: str) -> None:
@@ -127,87 +171,169 @@ def test_every_byte_is_written(device: str, layout: MetadataLayout, method: str)
     x = cases.adversarial(100, 60, torch.bfloat16).to(device)
     if method == "none":
         x = oracle.prune_magnitude(x.cpu()).to(device)
-    ratio = torch.rand(1, 60, device=device) + 0.5 if method == "rescaled_magnitude" else None
-    directions = "features" if method == "none" else "both"
-    if not fits(layout, 100, 60):
-        directions = "features"
-    if layout is SCATTERED:
-        table = launch.layout_table(layout, 32, 16, 512)
-        assert table[1] == 0  # or this layout would not test the atomic path
-        directions = "features"
+    ratios = some_ratios(100, 60)
+    directions = "both" if fits(layout, 100, 60) and method != "none" else "features"
     first, second = (
-        run_kernel(x, method, layout, directions, ratio, 100, poison)[0] for poison in (0, 255)
+        run_kernel(x, method, layout, directions, ratios=ratios, poison=poison)[0]
+        for poison in (0, 255)
     )
     for transposed, packed in first.items():
         assert cases.same_bits(packed.buffer, second[transposed].buffer)
-        want = expected(x, method, layout, transposed, None if ratio is None else ratio.cpu())
+        want = expected(x, method, layout, transposed, ratios)
         assert cases.same_bits(packed.buffer.cpu(), want.buffer)
+
+
+def test_a_block_grows_until_it_holds_whole_words_of_the_layout() -> None:
+    scattered = variants.Target("magnitude", SCATTERED)
+    assert variants.choose_tile(4096, 4096, scattered, None).block_m == 64
+    assert variants.choose_tile(4096, 4096, None, scattered).block_k == 64
+    far = MetadataLayout("far", (*(2 << i for i in range(9)), 1), (1024, 2048))
+    assert "512 rows apart" in str(variants.layout_obstacle(far))
+    assert all(variants.layout_obstacle(layout) is None for layout in LAYOUTS)
 
 
 @pytest.mark.parametrize("method", ["random", "mvue"])
 @pytest.mark.parametrize("dtype", cases.FLOAT_DTYPES)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_an_overflow_is_kept_in_both_directions(
+def test_an_overflow_stays_visible_in_both_directions(
     device: str, method: str, dtype: torch.dtype, value: float
 ) -> None:
-    """One to four of them in a group, at every place: the first two stay, with their bits."""
+    """One to four of them in a group, at every place: what is kept of it is NaN; others are not."""
     x = torch.randn(64, 64).to(dtype)
     rows, cols = torch.arange(64)[:, None], torch.arange(64)[None, :]
     x[(rows * 7 + cols * 3) % 5 == 0] = value
-    largest = torch.finfo(dtype).max
-    x[(rows + cols) % 11 == 3] = largest
+    x[(rows + cols) % 11 == 3] = torch.finfo(dtype).max / 4
     got, _ = run_kernel(x.to(device), method, layouts.PLAIN, "both")
     for transposed, packed in got.items():
         operand = x.t().contiguous() if transposed else x
         overflow = (~operand.isfinite()).view(64, 16, 4).any(-1)
-        want = oracle.prune_magnitude(operand).view(64, 16, 4)
         result = packed.unpack().cpu().view(64, 16, 4)
         assert 0 < overflow.sum() < overflow.numel()
-        assert cases.same_bits(result[overflow], want[overflow])
-        assert not cases.same_bits(result[~overflow], want[~overflow])
+        assert (result[overflow].isnan().sum(-1) == 2).all()
+        assert result[~overflow].isfinite().all()
 
 
-@pytest.mark.parametrize("rows_per_ratio", [8, 32, 64])
-def test_ratios_per_sample_and_column(device: str, rows_per_ratio: int) -> None:
-    """Blocks that straddle samples (8) and blocks that do not take different loads."""
-    x = cases.adversarial(64, 96, torch.float16).to(device)
-    ratio = torch.rand(64 // rows_per_ratio, 96) + 0.5
+@pytest.mark.parametrize("rows, rows_per_ratio", [(64, 8), (64, 32), (64, 64), (99, 33), (96, 32)])
+def test_ratios_per_sample_and_column(device: str, rows: int, rows_per_ratio: int) -> None:
+    """Blocks that straddle samples (8, 33) and blocks that do not take different loads.
+
+    With samples of 32 a block of 64 rows, half of it padding, starts in the last sample.
+    """
+    x = cases.adversarial(rows, 64, torch.float16).to(device)
+    ratio = torch.rand(rows // rows_per_ratio, 64) + 0.5
     got, _ = run_kernel(
-        x, "rescaled_magnitude", layouts.PLAIN, "features", ratio.to(device), rows_per_ratio
+        x,
+        "rescaled_magnitude",
+        layouts.PLAIN,
+        "features",
+        ratios={False: ratio},
+        rows_per_ratio=rows_per_ratio,
     )
-    want = expected(
-        x, "rescaled_magnitude", layouts.PLAIN, False, ratio.repeat_interleave(rows_per_ratio, 0)
-    )
+    ratios = {False: ratio.repeat_interleave(rows_per_ratio, 0)}
+    want = expected(x, "rescaled_magnitude", layouts.PLAIN, False, ratios)
     assert cases.same_bits(got[False].buffer.cpu(), want.buffer)
 
 
-@pytest.mark.parametrize("tile", [launch.Tile(16, 16, 1), launch.Tile(64, 32, 4)])
+def test_no_ratio_is_read_beyond_the_last_sample(device: str) -> None:
+    """PLAIN pads 96 rows to 128 here: blocks of padding belong to no sample."""
+    tall = MetadataLayout(
+        "tall", (*layouts.PLAIN.row_strides, 256, 512), (1, 2, 8), region=((128, 32),)
+    )
+    x = cases.adversarial(96, 64, torch.bfloat16).to(device)
+    ratio = torch.full((4, 64), torch.nan, device=device)
+    ratio[:3] = 1.5
+    got, _ = run_kernel(
+        x,
+        "rescaled_magnitude",
+        tall,
+        "features",
+        ratios={False: ratio[:3]},
+        rows_per_ratio=32,
+    )
+    want = expected(x, "rescaled_magnitude", tall, False, {False: ratio[:1].cpu()})
+    assert cases.same_bits(got[False].buffer.cpu(), want.buffer)
+
+
+@pytest.mark.parametrize("tile", [variants.Tile(16, 16, 1), variants.Tile(64, 32, 4)])
 @pytest.mark.parametrize("method", ["random", "mvue"])
 def test_draws_do_not_depend_on_the_tile(
-    device: str, method: str, tile: launch.Tile, monkeypatch: pytest.MonkeyPatch
+    device: str, method: str, tile: variants.Tile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = cases.adversarial(64, 64, torch.float16).to(device)
     usual, _ = run_kernel(x, method, layouts.PLAIN, "both")
     monkeypatch.setattr(launch, "choose_tile", lambda *_: tile)
+    launch.prepare_pack.cache_clear()
     other, _ = run_kernel(x, method, layouts.PLAIN, "both")
+    launch.prepare_pack.cache_clear()
     for transposed in (False, True):
         assert cases.same_bits(usual[transposed].buffer, other[transposed].buffer)
 
 
+@pytest.mark.parametrize("method", ["random", "mvue"])
+def test_seeds_in_memory_draw_as_the_same_seeds_given(device: str, method: str) -> None:
+    x = cases.adversarial(48, 64, torch.float16).to(device)
+    given, _ = run_kernel(x, method, layouts.PLAIN, "both")
+    read, _ = run_kernel(x, method, layouts.PLAIN, "both", in_memory=True)
+    for transposed in (False, True):
+        assert cases.same_bits(given[transposed].buffer, read[transposed].buffer)
+
+
+@pytest.mark.parametrize("rows, cols", [(33, 44), (48, 36)])
+@pytest.mark.parametrize("where", ["width", "stride", "address"])
+def test_what_is_not_whole_octets_is_copied_once(
+    device: str, rows: int, cols: int, where: str
+) -> None:
+    base = cases.adversarial(rows, 80, torch.bfloat16).to(device)
+    x = {
+        "width": base[:, :cols],
+        "stride": base.flatten()[: rows * (cols + 3)].view(rows, -1)[:, :40],
+        "address": base[:, 2:42],
+    }[where]
+    assert not launch.is_aligned(x)
+    copy = launch.aligned(x)
+    assert launch.is_aligned(copy) and launch.aligned(copy) is copy
+    assert cases.same_bits(copy[:, : x.shape[1]], x)
+    assert not copy[:, x.shape[1] :].any()
+    got, _ = run_kernel(x, "mvue", layouts.PLAIN, "both")
+    for transposed, packed in got.items():
+        want = expected(x, "mvue", layouts.PLAIN, transposed, {})
+        assert cases.same_bits(packed.buffer.cpu(), want.buffer)
+
+
+def test_row_blocks_are_split_over_two_axes_and_those_beyond_the_end_do_nothing(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch.grid_of((70_000 * 64, 100), 64, 64) == (2, 35_000, 2)
+    monkeypatch.setattr(launch, "_MAX_GRID", 2)
+    launch.prepare_pack.cache_clear()
+    x = cases.adversarial(150, 64, torch.float16).to(device)
+    ratios = some_ratios(150, 64)
+    got, sums = run_kernel(x, "rescaled_magnitude", layouts.PLAIN, "both", ratios=ratios)
+    total, _ = launch.launch_abs_sums(x, False, 30)
+    launch.prepare_pack.cache_clear()
+    for transposed, packed in got.items():
+        want = expected(x, "rescaled_magnitude", layouts.PLAIN, transposed, ratios)
+        assert cases.same_bits(packed.buffer.cpu(), want.buffer)
+    assert sums is not None and sums.shape[0] == 4
+    assert total.shape == (5, 64)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("samples", [1, 4])
-def test_abs_sums(device: str, transpose: bool, samples: int) -> None:
-    x = torch.randn(80, 72).bfloat16().to(device)
+@pytest.mark.parametrize("n", [2, 1])
+@pytest.mark.parametrize("dtype", cases.FLOAT_DTYPES)
+def test_abs_sums(device: str, transpose: bool, samples: int, n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(80, 72).to(dtype).to(device)
+    x[:, 8:16] = x[:, 8:16].sign()  # ties
     per_sample = 80 if transpose else 80 // samples
-    total, kept = launch.launch_abs_sums(x, transpose, per_sample)
+    total, kept = launch.launch_abs_sums(x, transpose, per_sample, n)
     operand = x.cpu().t() if transpose else x.cpu()
-    pruned = oracle.prune_magnitude(operand)
+    pruned = pack_operand(operand, layouts.PLAIN, n=n).unpack()
     groups = 1 if transpose else samples
     for got, source in ((total, operand), (kept, pruned)):
         want = source.double().abs().view(groups, -1, operand.shape[1]).sum(1)
         bound = operand.shape[0] * torch.finfo(torch.float32).eps * want
-        assert got.shape == want.shape
-        assert (got.cpu().double() - want).abs().le(bound).all()
+        assert (got.cpu().double().view_as(want) - want).abs().le(bound).all()
 
 
 @pytest.mark.parametrize("features", [None, "magnitude", "rescaled_magnitude"])

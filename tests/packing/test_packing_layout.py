@@ -1,5 +1,6 @@
 """MetadataLayout: addresses, sizes, serialisation, and what it refuses."""
 
+import dataclasses
 import json
 
 import packing_cases as cases
@@ -63,9 +64,11 @@ def test_an_order_takes_every_region_rule_that_gives_the_size() -> None:
     assert layouts.BLOCKED.fitted(320, 64, layouts.PLAIN.nbytes(320, 64)) == ()  # no whole tiles
 
 
-def test_places_are_compared_at_a_shape() -> None:
-    assert layouts.PLAIN.same_places(layouts.BLOCKED, 128, 64)
-    assert not layouts.PLAIN.same_places(layouts.BLOCKED, 256, 64)
+def test_layouts_are_compared_at_a_shape() -> None:
+    assert layouts.PLAIN.reads_as(layouts.BLOCKED, 128, 64)
+    assert not layouts.PLAIN.reads_as(layouts.BLOCKED, 256, 64)
+    wide = dataclasses.replace(layouts.PLAIN, region=layouts.BARE_REGION)
+    assert layouts.PLAIN.reads_as(wide, 128, 64) and not layouts.PLAIN.reads_as(wide, 16, 64)
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdgp_cusparselt.planner.gpus import GPUS
+from sdgp_cusparselt.cards.gpus import GPUS
 from sdgp_cusparselt.planner.results import (
     measured_efficiency,
     prediction_errors,

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from sdgp_cusparselt.planner.efficiency import Curve, Efficiency
+from sdgp_cusparselt.cards.efficiency import Curve, Efficiency
+from sdgp_cusparselt.cards.gpus import GPU, GPUS, gpu_of
 from sdgp_cusparselt.planner.gemms import Gemm, Trace
-from sdgp_cusparselt.planner.gpus import GPU, GPUS, gpu_of
 from sdgp_cusparselt.planner.roofline import (
     break_even,
     forecast,

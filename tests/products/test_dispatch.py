@@ -1,39 +1,38 @@
-"""Backend choice: reasons, one good error, announcements that can be counted and forbidden."""
+"""The way of a product: reasons, one good error, announcements that are counted and forbidden."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.backends.base import Problem
-from sdgp_cusparselt.backends.dense import DenseBackend
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.backends.base import ConvGeometry
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.machine import Machine
+from sdgp_cusparselt.products import routes
+from sdgp_cusparselt.products.operands import Conv2dGradInput
 
 
-class Picky(DenseBackend):
-    """Calls itself cusparselt and refuses what it is told to refuse."""
+class Bare(Machine):
+    """A CPU with sparse tensor cores and without a library; or without the cores, if told so."""
 
-    name = "cusparselt"
+    def __init__(self, hardware: list[str], software: list[str]) -> None:
+        super().__init__("cpu")
+        self.hardware, self.software = hardware, software
 
-    def __init__(self, machine: list[str], odd: list[str]) -> None:
-        self.machine, self.odd = machine, odd
+    def hardware_reasons(self, device: torch.device | None = None) -> list[str]:
+        return self.hardware
 
-    def machine_reasons(self) -> list[str]:
-        return self.machine
-
-    def not_supported_reasons(self, problem: Problem) -> list[str]:
-        return self.machine or (self.odd if problem.k % 16 else [])
+    def software_reasons(self) -> list[str]:
+        return self.software
 
 
 @pytest.fixture
-def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[Picky]:
-    backend = Picky([], ["K is no multiple of 16", "the moon is full"])
-    monkeypatch.setattr(dispatch, "BACKENDS", [backend, DenseBackend()])
-    monkeypatch.setattr(dispatch, "_machine_announced", set())
-    yield backend
+def machine(monkeypatch: pytest.MonkeyPatch) -> Bare:
+    machine = Bare([], ["the moon is full"])
+    monkeypatch.setattr(routes, "LIBRARY", CusparseLtBackend(machine))
+    return machine
 
 
 def step(layer: nn.Module, width: int = 16) -> None:
@@ -46,86 +45,99 @@ def converted(out_features: int, **kwargs: object) -> nn.Linear:
     return layer
 
 
-def test_the_preferred_backend_runs_what_it_can(picky: Picky) -> None:
-    layer = converted(32)
-    step(layer)
-    assert dict(layer.sdgp_record.calls) == {("grad_input", "cusparselt"): 1}
-    assert not layer.sdgp_record.fallbacks
-
-
-def test_a_fallback_is_announced_once_per_layer_and_reason_and_counted(picky: Picky) -> None:
-    layer = converted(20)
+def test_a_reason_is_announced_once_and_counted_for_every_layer(machine: Bare) -> None:
+    first, second = converted(20), converted(20)
     with pytest.warns(sdgp.SDGPFallbackWarning) as caught:
-        step(layer)
-    assert len(caught) == 2
-    assert "Linear: grad_input runs on the dense backend instead of cusparselt: K is no" in str(
-        caught[0].message
-    )
+        step(first)
+        step(second)
+        step(converted(36))  # the same reasons but for a number
+    (warning,) = caught
+    words = "Linear: grad_input runs plain, as without this package, because the moon is full; "
+    assert str(warning.message).startswith(words)
+    assert "sdgp.telemetry" in str(warning.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step(layer)
-    record = layer.sdgp_record
-    assert record.calls["grad_input", "dense"] == 2
-    assert record.fallbacks["grad_input", "cusparselt", "the moon is full"] == 2
-    with pytest.warns(sdgp.SDGPFallbackWarning):
-        step(converted(20))
+        step(first)
+    assert first.sdgp_record.calls == {("grad_input", "plain"): 2}
+    assert first.sdgp_record.fallbacks["grad_input", "the moon is full"] == 2
+    assert second.sdgp_record.fallbacks["grad_input", "the moon is full"] == 1
+    assert "not sparse (2 calls) because the moon is full" in str(sdgp.telemetry(first))
 
 
-def test_a_fallback_can_be_forbidden(picky: Picky) -> None:
+def test_another_way_can_be_forbidden(machine: Bare) -> None:
     with pytest.raises(sdgp.NotSupportedError) as caught:
         step(converted(20, on_unsupported="raise"))
     text = str(caught.value)
-    for word in (
-        "[M=4, K=20] @ [K=20, N=16]",
-        "torch.float32",
-        "cusparselt is out because",
-        "moon",
-    ):
+    for word in ("[M=4, K=20] @ [K=20, N=16]", "torch.float32", "because:", "moon"):
         assert word in text
     assert isinstance(caught.value, NotImplementedError)
 
 
-def test_forced_dense_is_no_fallback(picky: Picky) -> None:
+@pytest.mark.parametrize("on_unsupported, way", [("plain", "plain"), ("emulate", "emulated")])
+def test_what_cannot_run_sparse_runs_as_asked(machine: Bare, on_unsupported: str, way: str) -> None:
+    layer = converted(32, prune="magnitude", on_unsupported=on_unsupported)
+    x, grad_output = torch.randn(4, 16, requires_grad=True), torch.randn(4, 32)
+    with pytest.warns(sdgp.SDGPFallbackWarning, match=f"runs {way}"):
+        layer(x).backward(grad_output)
+    assert layer.sdgp_record.calls == {("grad_input", way): 1}
+    gradient = grad_output if way == "plain" else sdgp.prune(grad_output)
+    assert torch.equal(x.grad, gradient @ layer.weight.detach())
+
+
+def test_backend_dense_is_emulated_and_no_fallback(machine: Bare) -> None:
     layer = converted(20, backend="dense", on_unsupported="raise")
     step(layer)
-    assert dict(layer.sdgp_record.calls) == {("grad_input", "dense"): 1}
+    assert layer.sdgp_record.calls == {("grad_input", "emulated"): 1}
     assert not layer.sdgp_record.fallbacks
 
 
-def test_one_warning_stands_for_a_machine_without_the_hardware(picky: Picky) -> None:
-    picky.machine = ["no GPU of compute capability 8.0 or more"]
-    with pytest.warns(sdgp.SDGPFallbackWarning, match="every layer runs on the dense") as caught:
-        step(converted(16))
-        step(converted(32))
+@pytest.mark.parametrize("choice", [{"n": 2, "m": 8}, {"beta": 0.5}])
+def test_patterns_without_hardware_were_asked_for(machine: Bare, choice: dict) -> None:
+    layer = converted(32, **choice)
+    with pytest.warns(sdgp.SDGPFallbackWarning, match="runs emulated") as caught:
+        step(layer)
+        step(layer)
     assert len(caught) == 1
-    with pytest.warns(sdgp.SDGPFallbackWarning, match="Linear: grad_input"):
-        step(converted(16, backend="cusparselt"))
+    assert layer.sdgp_record.calls == {("grad_input", "emulated"): 2}
 
 
-def test_both_products_are_counted(picky: Picky) -> None:
+def test_one_warning_stands_for_a_machine_without_the_hardware(machine: Bare) -> None:
+    machine.hardware = ["compute capability is 7.0, sparse tensor cores need 8.0"]
+    with pytest.warns(sdgp.SDGPFallbackWarning, match="every layer is emulated") as caught:
+        step(converted(16))
+        step(converted(32, grad_weight="sparse"))
+    assert len(caught) == 1
+    forced = converted(16, backend="cusparselt", prune="magnitude")
+    step(forced)
+    assert forced.sdgp_record.calls == {("grad_input", "plain"): 1}
+
+
+def test_both_products_are_counted(machine: Bare) -> None:
+    machine.hardware = ["no GPU"]
     layer = converted(32, grad_weight="sparse")
-    layer(torch.randn(48, 16, requires_grad=True)).sum().backward()
-    assert set(layer.sdgp_record.calls) == {
-        ("grad_input", "cusparselt"),
-        ("grad_weight", "cusparselt"),
+    with pytest.warns(sdgp.SDGPFallbackWarning):
+        layer(torch.randn(48, 16, requires_grad=True)).sum().backward()
+    assert layer.sdgp_record.calls == {
+        ("grad_input", "emulated"): 1,
+        ("grad_weight", "emulated"): 1,
     }
 
 
-def test_problem_sizes_of_a_grouped_convolution(picky: Picky, monkeypatch) -> None:
-    seen: list[Problem] = []
-    monkeypatch.setattr(picky, "not_supported_reasons", lambda p: seen.append(p) or [])
+def test_problem_sizes_of_a_grouped_convolution() -> None:
     layer = nn.Conv2d(8, 32, 3, groups=2, stride=2)
-    sdgp.convert_(layer)
-    layer(torch.randn(5, 8, 9, 9, requires_grad=True)).sum().backward()
-    (problem,) = seen
+    input = torch.randn(5, 8, 9, 9)
+    output = layer(input)
+    conv = ConvGeometry((2, 2), (0, 0), (1, 1), 2)
+    problem = Conv2dGradInput(output, layer.weight, input, conv).problem(sdgp.SDGPConfig())
     assert (problem.m, problem.k, problem.n) == (5 * 4 * 4, 16, 4 * 9)
     assert problem.kernel_size == (3, 3) and problem.conv.stride == (2, 2)
     assert "convolution" in problem.describe()
 
 
-def test_backend_status(picky: Picky) -> None:
+def test_backend_status(machine: Bare) -> None:
+    machine.software = []
     assert sdgp.backend_status()[0] == ("cusparselt", True, "available")
-    picky.machine = ["no GPU"]
+    machine.hardware = ["no GPU"]
     assert sdgp.backend_status() == [
         ("cusparselt", False, "no GPU"),
         ("dense", True, "available"),

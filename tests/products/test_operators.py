@@ -66,7 +66,7 @@ def test_an_operator_gives_what_dispatch_gives() -> None:
     grad_output, weight = torch.randn(2, 3, 8), torch.randn(8, 12)
     result = torch.ops.sdgp.linear_grad_input(grad_output, weight, CONFIG.text, record.token)
     torch.testing.assert_close(result, sdgp.prune(grad_output) @ weight)
-    assert record.calls["grad_input", "dense"] == 1
+    assert record.calls["grad_input", "emulated"] == 1
 
 
 def test_records_do_not_share_a_token() -> None:
@@ -99,7 +99,7 @@ def steps(model: nn.Module, run: nn.Module, count: int = 3) -> list[Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(count):
         optimizer.zero_grad()
-        run(torch.randn(2, 3, 8, 8)).backward()
+        run(torch.randn(2, 3, 8, 8, dtype=torch.float64)).backward()
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
 
@@ -111,8 +111,8 @@ def test_a_converted_model_compiles_without_breaks_or_recompiles(
 ) -> None:
     torch._dynamo.reset()
     config = CONFIG.replace(prune=method, grad_weight=grad_weight, grad_weight_prune="magnitude")
-    before = COMPILED.calls["grad_input", "dense"]
-    model = Net()
+    before = COMPILED.calls["grad_input", "emulated"]
+    model = Net().double()  # in float32 rounding decides which of two near gradients survives
     sdgp.convert_(model, config)
     eager = copy.deepcopy(model)
     expected = steps(eager, eager)
@@ -120,20 +120,20 @@ def test_a_converted_model_compiles_without_breaks_or_recompiles(
     with torch._dynamo.config.patch(error_on_recompile=True):
         result = steps(model, compiled)
     for a, b in zip(result, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert COMPILED.calls["grad_input", "dense"] == before + 3 * 3
+        torch.testing.assert_close(a, b)
+    assert COMPILED.calls["grad_input", "emulated"] == before + 3 * 3
     assert not model.mlp[0].sdgp_record.calls
 
 
 def test_inductor_runs_a_converted_model() -> None:
     torch._dynamo.reset()
-    model = Net()
+    model = Net().double()  # in float32 rounding decides which of two near gradients survives
     sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
     eager = copy.deepcopy(model)
     expected = steps(eager, eager, 2)
     result = steps(model, torch.compile(model, fullgraph=True), 2)
     for a, b in zip(result, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b)
 
 
 class Block(nn.Module):
@@ -164,7 +164,7 @@ def test_blocks_compiled_one_by_one_share_their_code(
     assert start.grad is not None
     # The first block's input is a leaf, the others' is not: that much recompiling is torch's own.
     assert counter.frame_count <= compilations + 1
-    calls = [block.linear.sdgp_record.calls["grad_input", "dense"] for block in blocks]
+    calls = [block.linear.sdgp_record.calls["grad_input", "emulated"] for block in blocks]
     assert calls == [min(telemetry_every, 1)] * 4
 
 

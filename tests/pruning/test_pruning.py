@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.pruning import cpu
-from sdgp_cusparselt.pruning.methods import FLOAT_DTYPES
+from sdgp_cusparselt.pruning import cpu, fours
+from sdgp_cusparselt.pruning.bits import FLOAT_DTYPES
 from tests.helpers import SDGP_PATTERNS, bits, oracle_magnitude, same_bits
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40]
@@ -49,9 +49,9 @@ def test_every_order_of_four_values_in_both_ways_of_comparing(
     x = torch.cartesian_prod(values, values, values, values)
     expected = oracle_magnitude(x, n, 4, 1)
     assert same_bits(sdgp.prune(x, n=n), expected)
-    monkeypatch.setattr(cpu, "CHUNK", 100)  # several chunks, the last one short
+    monkeypatch.setattr(fours, "CHUNK", 100)  # several chunks, the last one short
     assert same_bits(sdgp.prune(x, n=n), expected)
-    monkeypatch.setattr(cpu, "usable", lambda *_: False)
+    monkeypatch.setattr(cpu, "takes", lambda *_: False)
     assert same_bits(sdgp.prune(x, n=n), expected)
 
 

@@ -47,7 +47,7 @@ def test_calls_times_and_errors_of_every_layer() -> None:
         ("2", "grad_weight"),
     ]
     for entry in layers:
-        assert entry["calls"] == {"dense": 5} and entry["fallbacks"] == []
+        assert entry["calls"] == {"emulated": 5} and entry["fallbacks"] == []
         assert set(entry["median_us"]) == {"prune", "dense", "total"}
         assert 0 < entry["median_us"]["prune"] < entry["median_us"]["total"]
         assert entry["gradient_error"]["samples"] == 3, "calls 0, 2 and 4"
@@ -75,7 +75,7 @@ def test_nothing_is_sampled_unless_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     model = network()
     step(model)
     entry = sdgp.telemetry(model).layers[0]
-    assert entry["calls"] == {"dense": 1}
+    assert entry["calls"] == {"emulated": 1}
     assert entry["median_us"] == {} and entry["gradient_error"] is None
 
 
@@ -138,9 +138,9 @@ def test_the_table_names_layers_numbers_and_fallbacks() -> None:
     model = network(telemetry_every=1)
     step(model)
     record = model[0].sdgp_record
-    record.fallbacks["grad_input", "cusparselt", "K (outputs) is 20, no multiple of 16"] += 3
+    record.fallbacks["grad_input", "K (outputs) is 20, no multiple of 16"] += 3
     text = str(sdgp.telemetry(model))
-    for words in ("layer", "kept L1", "dense x1", "0 grad_input: not on cusparselt (3 calls)"):
+    for words in ("layer", "kept L1", "emulated x1", "0 grad_input: not sparse (3 calls)"):
         assert words in text
     error = sdgp.telemetry(model).layers[0]["gradient_error"]["relative_l2"]
     assert f"{error:.4f}" in text

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sdgp_cusparselt.tuning import search
+from sdgp_cusparselt.tuning import contest
 
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "FINAL_ROUNDS", 7)
+    monkeypatch.setattr(contest, "FINAL_ROUNDS", 7)

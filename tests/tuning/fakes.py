@@ -1,5 +1,7 @@
 """An executor in plain torch whose algorithms misbehave as told, and a timer with given times."""
 
+import os
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -7,11 +9,13 @@ import torch
 from pycusparselt.errors import CusparseLtError
 from torch import Tensor
 
-from sdgp_cusparselt.backends.gemm import Candidate, Gemm
+from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
 from sdgp_cusparselt.pruning.methods import prune
 
 CPU = torch.device("cpu")
 GEMM = Gemm(32, 24, 48, torch.bfloat16, "row", CPU)
+#: What is measured in its place: the top of its bucket of token counts.
+TOP = Gemm(64, 24, 48, torch.bfloat16, "row", CPU)
 
 
 def refusal() -> CusparseLtError:
@@ -21,16 +25,20 @@ def refusal() -> CusparseLtError:
 class FakeExecutor:
     """Algorithms by number; ``kinds[i]`` says how algorithm i misbehaves, "good" if it does not."""
 
-    def __init__(self, *kinds: str, machine: str = "a GPU") -> None:
-        self.kinds = kinds
+    def __init__(self, *kinds: str, machine: str = "a GPU", unsafe: tuple[str, ...] = ()) -> None:
+        self.kinds = kinds + unsafe
+        self.safe = len(kinds)
         self.machine = machine
         self.calls: Counter[str] = Counter()
 
-    def candidates(self, gemm: Gemm) -> list[Candidate]:
+    def candidates(self, gemm: Gemm, *, safe: bool = True) -> list[Candidate]:
         self.calls["candidates"] += 1
         if self.kinds == ("refuses",):
             raise refusal()
-        return [Candidate(i) for i in range(len(self.kinds))]
+        return [Candidate(i) for i in range(self.safe if safe else len(self.kinds))]
+
+    def packer(self, gemm: Gemm, candidate: Candidate) -> Packer:
+        return "library" if self.kinds[candidate.alg_id] == "no layout" else "ours"
 
     def pack(
         self, x: Tensor, gemm: Gemm, candidate: Candidate, *, method: str, transpose: bool = False
@@ -63,6 +71,10 @@ class FakeExecutor:
         result = (left.float() @ dense.float()).to(left.dtype)
         if kind == "refuses matmul":
             raise refusal()
+        if kind == "sleeps":
+            time.sleep(60)
+        if kind == "aborts":
+            os.abort()
         if kind == "broken":
             raise TypeError("a programming error")
         if kind == "one element":

@@ -14,12 +14,15 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.commands.parser import main
-from sdgp_cusparselt.products import dispatch
+from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.tuning import note, record_shapes, store
 from sdgp_cusparselt.tuning.shapes import read_shapes
 from tests.emulator.build import build
 from tests.emulator.control import Emulator
 from tests.tuning.fakes import CPU
+
+#: In this process, whose calls the emulator counts.
+TUNE = ("tune", "--in-process")
 
 
 def tiny() -> nn.Module:
@@ -32,7 +35,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Emulat
     emulator.reset()
     emulator.max_alg_id(2)
     backend = CusparseLtBackend(Machine("cpu", cslt.load(emulator.path)))
-    monkeypatch.setattr(dispatch, "BACKENDS", [backend, dispatch.BACKENDS[-1]])
+    monkeypatch.setattr(routes, "LIBRARY", backend)
     monkeypatch.setattr(store, "_default", store.TuningCache(tmp_path / "cache"))
     yield emulator
     backend.plans.clear()
@@ -47,23 +50,25 @@ def test_a_file_of_shapes(
         "m, n, k, dtype, method, transpose\n"
         "32, 16, 48, bfloat16, ,\n"
         "32, 16, 48, bfloat16, magnitude, false\n"
+        "48, 16, 48, bfloat16, magnitude, false\n"
         "64, 16, 32, float16, mvue, true\n"
     )
     out = tmp_path / "out.json"
-    assert main(["tune", "--shapes", str(shapes), "--json", str(out)]) == 0
+    assert main([*TUNE, "--shapes", str(shapes), "--json", str(out)]) == 0
     decisions = json.loads(out.read_text())["decisions"]
-    assert [(d["m"], d["dtype"], d["method"], d["transpose"]) for d in decisions] == [
-        (32, "bfloat16", "mvue", False),
-        (32, "bfloat16", "magnitude", False),
-        (64, "float16", "mvue", True),
+    # Tokens are those of the bucket: M of grad_input, K of grad_weight.
+    assert [(d["m"], d["k"], d["dtype"], d["method"], d["transpose"]) for d in decisions] == [
+        (64, 48, "bfloat16", "mvue", False),
+        (64, 48, "bfloat16", "magnitude", False),
+        (64, 64, "float16", "mvue", True),
     ]
     captured = capsys.readouterr()
-    assert "M=32 N=16 K=48 bfloat16 row" in captured.out and "mvue transposed" in captured.out
+    assert "M=64 N=16 K=48 bfloat16 row" in captured.out and "mvue transposed" in captured.out
     assert captured.err == "", "no progress bar where stderr is no terminal"
     before = emulator.calls("cusparseLtMatmul")
-    assert main(["tune", "--shapes", str(shapes)]) == 0
+    assert main([*TUNE, "--shapes", str(shapes)]) == 0
     assert emulator.calls("cusparseLtMatmul") == before, "the cache has them"
-    assert main(["tune", "--shapes", str(shapes), "--force"]) == 0
+    assert main([*TUNE, "--shapes", str(shapes), "--force"]) == 0
     assert emulator.calls("cusparseLtMatmul") > before
 
 
@@ -71,10 +76,10 @@ def test_a_model_gives_the_products_that_dispatch_would_ask_for(
     emulator: Emulator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model", "tests.tuning.test_command:tiny", "--batch", "24", "--shape", "16"]
-    assert main(["tune", *arguments, "--json", "-"]) == 0
+    assert main([*TUNE, *arguments, "--json", "-"]) == 0
     decisions = json.loads(capsys.readouterr().out)["decisions"]
     # The first layer reads the data and the last writes 5 outputs, which 16 does not divide.
-    assert [(d["m"], d["n"], d["k"], d["dense_order"]) for d in decisions] == [(24, 32, 48, "row")]
+    assert [(d["m"], d["n"], d["k"], d["dense_order"]) for d in decisions] == [(64, 32, 48, "row")]
 
 
 def test_grad_weight_and_an_interruption(
@@ -82,16 +87,16 @@ def test_grad_weight_and_an_interruption(
 ) -> None:
     arguments = ["--model", "tests.tuning.test_command:tiny", "--batch", "40", "--shape", "16"]
     arguments += ["--grad-weight", "mvue"]
-    assert main(["tune", *arguments, "--json", "-"]) == 0
+    assert main([*TUNE, *arguments, "--json", "-"]) == 0
     decisions = json.loads(capsys.readouterr().out)["decisions"]
     found = [(d["m"], d["n"], d["k"], d["method"]) for d in decisions if d["transpose"]]
-    assert found == [(32, 16, 32, "mvue"), (48, 32, 32, "mvue")]
+    assert found == [(32, 16, 64, "mvue"), (48, 32, 64, "mvue")]
 
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sdgp_cusparselt.commands.tune.tune", interrupted)
-    assert main(["tune", *arguments]) == 130
+    assert main([*TUNE, *arguments]) == 130
     assert "interrupted; 0 decisions are stored" in capsys.readouterr().err
 
 
@@ -102,7 +107,7 @@ def test_transformers_conv1d_is_column_major(
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 64}
     config.write_text(json.dumps({"model_type": "gpt2", **sizes}))
     arguments = ["--model", f"transformers:{config}", "--batch", "2", "--sequence", "8"]
-    assert main(["tune", *arguments, "--json", "-"]) == 0
+    assert main([*TUNE, *arguments, "--json", "-"]) == 0
     decisions = json.loads(capsys.readouterr().out)["decisions"]
     assert {(d["n"], d["k"], d["dense_order"]) for d in decisions} == {
         (32, 96, "col"),
@@ -116,9 +121,10 @@ def test_without_a_usable_gpu_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     absent = CusparseLtBackend(Machine("cuda"))
-    monkeypatch.setattr(absent.machine, "_reasons", ["torch sees no CUDA device"])
-    monkeypatch.setattr(dispatch, "BACKENDS", [absent, dispatch.BACKENDS[-1]])
-    assert main(["tune", "--shapes", "nothing.json"]) == 2
+    reasons = ["torch sees no CUDA device"]
+    monkeypatch.setattr(absent.machine, "hardware_reasons", lambda *_: reasons)
+    monkeypatch.setattr(routes, "LIBRARY", absent)
+    assert main([*TUNE, "--shapes", "nothing.json"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
         "sdgp tune: nothing to tune on this machine: torch sees no CUDA device\n"
@@ -150,9 +156,9 @@ def test_bad_files(
 ) -> None:
     path = tmp_path / name
     path.write_text(text)
-    assert main(["tune", "--shapes", str(path)]) == 2
+    assert main([*TUNE, "--shapes", str(path)]) == 2
     assert words in capsys.readouterr().err
-    assert main(["tune", "--shapes", str(tmp_path / "missing.json")]) == 2
+    assert main([*TUNE, "--shapes", str(tmp_path / "missing.json")]) == 2
     assert "missing.json" in capsys.readouterr().err
 
 
@@ -185,12 +191,12 @@ def test_recorded_in_one_run_tuned_and_read_in_the_next(emulator: Emulator, tmp_
 
     with sdgp.record_shapes() as shapes, pytest.warns(sdgp.SDGPFallbackWarning) as caught:
         step()
-    assert len(caught) == 4 and all("run sdgp tune" in str(w.message) for w in caught)
+    assert len(caught) == 1 and "run sdgp tune" in str(caught[0].message)
     shapes.write(tmp_path / "shapes.json")
-    assert main(["tune", "--shapes", str(tmp_path / "shapes.json")]) == 0
+    assert main([*TUNE, "--shapes", str(tmp_path / "shapes.json")]) == 0
     store.default_cache().forget()
     for entry in sdgp.telemetry(step(backend="cusparselt", telemetry_every=1)).layers:
-        assert entry["calls"] == {"cusparselt": 1} and not entry["fallbacks"]
+        assert entry["calls"] == {"sparse": 1} and not entry["fallbacks"]
         assert set(entry["median_us"]) == {"pack", "matmul", "total"}
         assert 0 < entry["gradient_error"]["relative_l2"] < 1
 
@@ -201,8 +207,22 @@ def test_products_with_another_rival_are_left_out(
     path = tmp_path / "shapes.json"
     entry = {"m": 16, "n": 16, "k": 32}
     path.write_text(json.dumps([entry, {**entry, "rival": "conv 3x3 stride 1"}]))
-    assert main(["tune", "--shapes", str(path)]) == 0
-    assert "1 products left out: convolutions" in capsys.readouterr().err
+    assert main([*TUNE, "--shapes", str(path)]) == 0
+    assert "1 products left out: k x k convolutions run plain" in capsys.readouterr().err
+
+
+def test_a_search_in_a_process_of_its_own(
+    emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The child opens the library anew: what this process made of the emulator is not there."""
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps([{"m": 16, "n": 16, "k": 32}, {"m": 50, "n": 16, "k": 32}]))
+    assert main(["tune", "--shapes", str(path), "--json", "-"]) == 0
+    (decision,) = json.loads(capsys.readouterr().out)["decisions"]
+    assert decision["candidate"] is not None and decision["conditions"]["candidates_timed"] == 4
+    assert emulator.calls("cusparseLtMatmul") == 0, "nothing is tried in this process"
+    (stored,) = store.default_cache().decisions(routes.LIBRARY, CPU)
+    assert stored.as_dict() == decision
 
 
 @pytest.mark.gpu

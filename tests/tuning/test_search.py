@@ -7,6 +7,7 @@ import torch
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.tuning import Decision, Rival, TuningCache, tune
+from sdgp_cusparselt.tuning.contest import Limits
 from sdgp_cusparselt.tuning.proof import EXACT_TRIALS, REPEATS
 from tests.tuning.fakes import CPU, GEMM, FakeExecutor, FakeTimer, fixed
 
@@ -214,7 +215,8 @@ def test_a_decision_survives_json(cache: TuningCache) -> None:
 def test_progress_and_force(cache: TuningCache) -> None:
     steps: list[tuple[int, int, str]] = []
     executor = FakeExecutor("good")
-    first = search(cache, executor, fixed(a0=1.0), progress=lambda *step: steps.append(step))
+    limits = Limits(progress=lambda *step: steps.append(step))
+    first = search(cache, executor, fixed(a0=1.0), limits=limits)
     assert [s[0] for s in steps] == sorted(s[0] for s in steps) and steps[-1][0] < steps[-1][1]
     assert search(cache, executor, fixed(a0=2.0)) == first
     assert search(cache, executor, fixed(a0=2.0), force=True).sparse_us == 2.0

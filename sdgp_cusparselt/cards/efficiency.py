@@ -58,6 +58,8 @@ class Efficiency:
             assumption: torch's clone ran at 1438 GB/s on an A100 (pytorch/ao PR 184), which is
             0.71 of the 80 GB card's bandwidth or 0.92 of the 40 GB card's.
         launch_us: fixed cost of one more kernel, in microseconds; an assumption.
+        guessed: borrowed from another architecture: enough for a forecast, not for leaving a
+            product out.
     """
 
     dense: Curve
@@ -66,7 +68,8 @@ class Efficiency:
     measured: bool = False
     bandwidth: float = 0.8
     launch_us: float = 3.0
+    guessed: bool = False
 
-    def borrowed(self, note: str) -> "Efficiency":
+    def borrowed(self, note: str, *, guessed: bool = False) -> "Efficiency":
         """Return the same numbers with a note that they were taken on another card."""
-        return replace(self, source=f"{self.source}; {note}")
+        return replace(self, source=f"{self.source}; {note}", guessed=guessed)

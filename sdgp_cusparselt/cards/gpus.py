@@ -1,8 +1,9 @@
 """Published peaks and efficiencies of the GPUs that the planner knows, each with its source."""
 
+import re
 from dataclasses import dataclass
 
-from sdgp_cusparselt.planner.efficiency import Curve, Efficiency
+from sdgp_cusparselt.cards.efficiency import Curve, Efficiency
 
 SLIDESPARSE = (
     "SlideSparse, arXiv 2603.05232; bf16 latency_SQUARE.csv at github.com/bcacdwk/vllmbench"
@@ -90,7 +91,9 @@ GPUS: dict[str, GPU] = {
             362.05,
             864,
             "NVIDIA L40S data sheet",
-            _A100.borrowed("fractions of an A100: a guess, nothing is published for this card"),
+            _A100.borrowed(
+                "fractions of an A100: a guess, nothing is published for this card", guessed=True
+            ),
         ),
         GPU(
             "RTX4090",
@@ -104,7 +107,11 @@ GPUS: dict[str, GPU] = {
 }
 
 
-def gpu_of(folder: str) -> GPU | None:
-    """Return the GPU whose name occurs in a result folder such as NVIDIA-A100-SXM4-80GB."""
-    key = "".join(c for c in folder.upper() if c.isalnum())
-    return next((gpu for name, gpu in GPUS.items() if name in key), None)
+def gpu_of(name: str) -> GPU | None:
+    """Return the GPU that a name such as NVIDIA-A100-SXM4-80GB means; an A1000 is no A100."""
+    for gpu in GPUS.values():
+        # Names leave out or put in something between letters and digits: RTX 4090, RTX-4090.
+        pattern = re.sub(r"(?<=\D)(?=\d)", r"[\\W_]*", gpu.name)
+        if re.search(rf"{pattern}(?!\d)", name.upper()):
+            return gpu
+    return None
