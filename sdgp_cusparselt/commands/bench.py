@@ -211,6 +211,8 @@ def _arguments(
         f"--config-file={root / 'pyproject.toml'}",
         *("-k", "gpu" if cuda else "cpu"),
         *("-p", "no:cacheprovider", "-p", "no:xdist"),
+        # The tests' strictness would stop at the settings of plugins that benchmarks do not need.
+        *("-o", "addopts=--strict-markers"),
         *("-q", "-rs", "--tb=short"),
         f"--bench-scope={'full' if args.full else 'quick'}",
         f"--bench-dtype={args.dtype}",
