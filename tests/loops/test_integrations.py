@@ -15,13 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.integrations import accelerate as on_accelerate
@@ -274,45 +268,3 @@ def test_no_host_is_imported_by_the_package() -> None:
         "assert not hosts & set(sys.modules), hosts & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def llama() -> tuple[nn.Module, list[str]]:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)), ["q_proj", "up_proj"]
-
-
-def gpt2() -> tuple[nn.Module, list[str]]:
-    return tiny_gpt.build_model(), ["c_attn", "c_fc"]
-
-
-@pytest.mark.parametrize(
-    "first, build, layers", [("convert", llama, 14), ("adapt", llama, 14), ("adapt", gpt2, 8)]
-)
-def test_peft_in_either_order(first: str, build: Any, layers: int) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    model, targets = build()
-    lora = peft.LoraConfig(target_modules=targets, r=8, task_type="CAUSAL_LM")
-    config = sdgp.SDGPConfig(prune="magnitude", backend="dense")
-    if first == "convert":
-        report = sdgp.convert_(model, config)
-        model = peft.get_peft_model(model, lora)
-    else:
-        model = peft.get_peft_model(model, lora)
-        report = sdgp.convert_(model, config)
-        assert any("an adapter" in reason for reason in report.skipped.values())
-    assert len(report.converted) == layers
-    pruned = [name for name, m in model.named_modules() if isinstance(m, sdgp.nn.SDGPModule)]
-    assert len(pruned) == layers and not any("lora_" in name for name in pruned)
-    ids = torch.randint(0, 128, (2, 16))
-    model(input_ids=ids, labels=ids).loss.backward()
-    grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
-    assert grads and all(grad is not None and grad.isfinite().all() for grad in grads)
-
-
-def test_bitsandbytes_layers_stay_plain() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    model = nn.ModuleDict({"four": bitsandbytes.nn.Linear4bit(64, 64), "plain": nn.Linear(64, 64)})
-    report = sdgp.convert_(model)
-    assert report.converted == ["plain"]
-    assert report.skipped == {"four": "Linear4bit holds its weight quantized"}
