@@ -91,6 +91,8 @@ ORDER = {
         "layers.__init__",
         "functional nn",
         "telemetry",
+        "integrations.driver",
+        "integrations",
         "diagnostics",
         "training",
         "planner",
