@@ -6,7 +6,7 @@ every other failure is a defect.
 
 KNOWN: dict[str, str] = {
     "transformers Falcon *": (
-        "FalconLinear overrides forward, and a subclass may compute something else: convert_ leaves "
-        "every layer of the model dense and raises, naming the reason"
+        "FalconLinear is a subclass and may compute something else: convert_ leaves every layer "
+        "of the model dense and raises, naming the reason"
     ),
 }
