@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -131,7 +130,7 @@ def main() -> None:
     everyone: list[Tally] = [Tally()] * 2
     dist.all_gather_object(everyone, tally)
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps([asdict(one) for one in everyone]))
+        Path(sys.argv[1]).write_text(json.dumps([vars(one) for one in everyone]))
     dist.barrier()
     # Groups of submeshes keep threads that now and then abort the interpreter on its way out.
     os._exit(0)
