@@ -141,7 +141,9 @@ def test_a_group_that_overflows_is_pruned_by_magnitude_and_leaves_the_others_alo
     hit = torch.zeros(4000, dtype=torch.bool)
     hit[[7, 100, 3999]] = True
     y, clean = by_blocks(bad, method, n), by_blocks(x, method, n)
-    assert same_bits(y[hit], oracle_magnitude(bad[hit], n, 4, 1))
+    # A NaN may come back as another NaN: rounding float32 to bfloat16 does not keep its bits.
+    expected = oracle_magnitude(bad[hit], n, 4, 1)
+    torch.testing.assert_close(y[hit], expected, rtol=0, atol=0, equal_nan=True)
     assert same_bits(y[~hit], clean[~hit])
 
 
