@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sdgp_cusparselt.packing.halves import (
+    beside,
     permute,
     raise_to,
     round_halves,
@@ -158,6 +159,7 @@ def choose(
             values = raise_to(kept, worth + total * 0.0, DTYPE, NATIVE)
         else:
             selector, first = _at_random(word, N)
+            selector = beside(selector, low, NATIVE)
             kept = permute(low, high, selector, NATIVE)
             total = (a0 + a1) + (a2 + a3)
             values = kept | round_halves(total * 0.0, total * 0.0, DTYPE, NATIVE)
