@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.arrays import like, to_tensor
 from sdgp_cusparselt.config.patterns import METHODS, STOCHASTIC
+from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.errors import NotSupportedError, type_error, value_error
 from sdgp_cusparselt.packing import launch, starting
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout, padded_shape
@@ -309,14 +310,14 @@ def _by_kernel(
     if prepared.sums_shape is not None:
         sums = torch.empty(prepared.sums_shape, dtype=torch.float32, device=x.device)
     seed, offset = (0, 0) if isinstance(seeds, Tensor) else seeds
-    with starting.on_device(x.device):
+    with on_device(x.device):
         prepared(
             read.data_ptr(),
             _address(buffers.get(False)),
             _address(buffers.get(True)),
             seed,
             offset,
-            starting.current_stream(x.device),
+            current_stream(x.device),
             seeds=_address(seeds) if isinstance(seeds, Tensor) else 0,
             features_ratio=_address(ratios.get(False)),
             tokens_ratio=_address(ratios.get(True)),

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.packing.launch import OCTET
 from sdgp_cusparselt.packing.reference import keep_one, keep_two
-from sdgp_cusparselt.packing.starting import current_stream, grid_of, on_device, prepare_kernel
+from sdgp_cusparselt.packing.starting import grid_of, prepare_kernel
 from sdgp_cusparselt.packing.variants import SumsVariant
 
 

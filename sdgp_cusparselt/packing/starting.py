@@ -6,12 +6,13 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sdgp_cusparselt.devices import on_device
 
 # Programs along the second and third axis of a grid.
 _MAX_GRID = 65535
@@ -86,16 +87,6 @@ def prepare_kernel(
         )  # fmt: skip
 
     return start
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which a CUDA device is the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def current_stream(device: torch.device) -> int:
-    """Return the handle of torch's current stream on a device, 0 where it has none."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _tensor_at(address: int, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdgp_cusparselt.config.patterns import METHODS
+from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.packing import launch, starting, variants
 from sdgp_cusparselt.packing import layout as layouts
 from sdgp_cusparselt.packing import ratios as ratios_of
@@ -75,14 +76,14 @@ def run_kernel(
         given[False] = torch.nn.functional.pad(given[False], pad).contiguous()
     seeds = SEEDS.to(x.device)
     seed, offset = (0, 0) if in_memory else SEEDS.tolist()
-    with starting.on_device(x.device):
+    with on_device(x.device):
         prepared(
             read.data_ptr(),
             buffers[0].data_ptr(),
             buffers[1].data_ptr(),
             seed,
             offset,
-            starting.current_stream(x.device),
+            current_stream(x.device),
             seeds=seeds.data_ptr() if in_memory else 0,
             features_ratio=given[False].data_ptr() if False in given else 0,
             tokens_ratio=given[True].data_ptr() if True in given else 0,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.config.patterns import METHODS
+from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.errors import NotSupportedError
-from sdgp_cusparselt.packing import launch, starting
+from sdgp_cusparselt.packing import launch
 from sdgp_cusparselt.packing.pack import pack_gradient
 from sdgp_cusparselt.packing.prune import prune_dense
 
@@ -80,13 +81,13 @@ def test_seeds_in_memory_draw_as_the_same_seeds_given(device: str, method: str) 
         )
         assert prepared.draws == (method == "mvue") and prepared.seeds_in_memory == in_memory
         seed, offset = (0, 4) if in_memory else (77, 12)  # an offset given is added
-        with starting.on_device(x.device):
+        with on_device(x.device):
             prepared(
                 x.data_ptr(),
                 out.data_ptr(),
                 seed,
                 offset,
-                starting.current_stream(x.device),
+                current_stream(x.device),
                 seeds=seeds.data_ptr(),
             )
     assert cases.same_bits(outs[0], outs[1])

@@ -11,7 +11,7 @@ from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.products import routes
-from sdgp_cusparselt.products.operands import Conv2dGradInput
+from sdgp_cusparselt.products.operands import Conv2dGradInput, LinearGradWeight
 
 
 class Bare(Machine):
@@ -142,3 +142,14 @@ def test_backend_status(machine: Bare) -> None:
         ("cusparselt", False, "no GPU"),
         ("dense", True, "available"),
     ]
+
+
+@pytest.mark.parametrize("row_major", [True, False])
+def test_a_plain_grad_weight_is_autograds_own_to_bits_and_strides(row_major: bool) -> None:
+    x, grad_output = torch.randn(300, 33), torch.randn(300, 17)
+    weight = torch.randn(17, 33) if row_major else torch.randn(33, 17).t()
+    weight.requires_grad_()
+    torch.nn.functional.linear(x, weight).backward(grad_output)
+    ours = LinearGradWeight(grad_output, x, row_major).plain()
+    assert torch.equal(ours, weight.grad)
+    assert (ours.stride() == (33, 1)) == row_major

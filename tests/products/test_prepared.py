@@ -200,6 +200,7 @@ def test_what_runs_plain_is_known_to_a_layers_forward(world: World, grad_weight:
     )
     assert layer.sdgp_record.calls == expected, "it is counted like a backward pass"
     layer.sdgp_config = config.replace(telemetry_every=4)
+    step(layer)
     assert not plainly(layer), "samples are taken in backward"
     layer.sdgp_config = config
     with sdgp.record_shapes():
