@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEMO   := $(VENV)/.installed-demo
 export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 # Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
@@ -14,6 +15,11 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(DEMO): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -e $(STAMP) || $(BIN)/python -m pip install -q -c constraints.txt -e . scikit-learn matplotlib
 	touch $@
 
 # Without installing anything: do the pins resolve for every Python and both builds of torch?
@@ -31,8 +37,9 @@ lint: $(STAMP)
 	$(BIN)/shellcheck .ci/run .ci/resolve .ci/constraints .ci/portable docker/install.sh docker/slurm.sbatch
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
-# Real training on data inside packages, dense beside pruned; under three minutes on two cores.
-demo: $(STAMP)
+# Real training on data inside packages, dense beside pruned; under three minutes on two cores, after
+# an installation of what it needs and no more.
+demo: $(DEMO)
 	$(BIN)/python -m sdgp_cusparselt train digits --seeds 3 --epochs 5 \
 	  --methods dense,magnitude,rescaled_magnitude,random --out runs/demo/digits --overwrite
 	$(BIN)/python -m sdgp_cusparselt train code-lm --steps 200 \

@@ -41,33 +41,44 @@ def interleaved(
     return statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["magnitude", "rescaled_magnitude", "random", "mvue"])
 @pytest.mark.parametrize(
-    "tokens, in_features, out_features", [(4096, 1024, 1024), (2048, 2048, 2048)]
+    "tokens, in_features, out_features",
+    [(4096, 1024, 1024), (2048, 2048, 2048), (1024, 256, 256), (512, 64, 256), (64, 64, 64)],
 )
 def test_cpu_layer_forward_backward(
-    benchmark, tokens: int, in_features: int, out_features: int, method: str
+    benchmark,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    method: str,
+    dtype: torch.dtype,
 ) -> None:
-    """Forward and backward of a converted linear layer over those of the dense one, fp32."""
-    dense, pruned = (nn.Linear(in_features, out_features) for _ in range(2))
+    """Forward and backward of a converted linear layer over those of the dense one."""
+    dense, pruned = (nn.Linear(in_features, out_features, dtype=dtype) for _ in range(2))
     sdgp.convert_(pruned, sdgp.SDGPConfig(prune=method, backend="dense"))
-    input = torch.randn(tokens, in_features, requires_grad=True)
-    grad_output = torch.randn(tokens, out_features)
+    input = torch.randn(tokens, in_features, dtype=dtype, requires_grad=True)
+    grad_output = torch.randn(tokens, out_features, dtype=dtype)
+    # Enough of them that the clock's grain and the calls around do not count.
+    repeats = max(1, 2**28 // (tokens * in_features * out_features))
 
     def step(layer: nn.Module) -> None:
-        input.grad = None
-        layer.zero_grad()
-        layer(input).backward(grad_output)
+        for _ in range(repeats):
+            input.grad = None
+            layer.zero_grad()
+            layer(input).backward(grad_output)
 
     plain, ours, ratio = interleaved(lambda: step(dense), lambda: step(pruned))
     benchmark.extra_info.update(
         shape=f"[{tokens}, {in_features}] x {out_features}",
         method=method,
-        dense_ms=plain * 1e3,
-        pruned_ms=ours * 1e3,
+        dtype=str(dtype),
+        dense_ms=plain * 1e3 / repeats,
+        pruned_ms=ours * 1e3 / repeats,
         ratio=ratio,
     )
-    print(f"\n{method} [{tokens}, {in_features}] x {out_features}: {ratio:.3f} x dense")
+    print(f"\n{method} {dtype} [{tokens}, {in_features}] x {out_features}: {ratio:.3f} x dense")
     benchmark.pedantic(lambda: step(pruned), rounds=3, warmup_rounds=1)
 
 

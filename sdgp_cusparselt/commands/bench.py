@@ -35,6 +35,9 @@ PARTS = {
     "unstructured": "bench_unstructured.py",
 }
 FAILED, INTERRUPTED = 1, 130
+PACKAGE = Path(sdgp_cusparselt.__file__).parent
+#: Where pyproject.toml puts the benchmarks into a wheel.
+PACKAGED = PACKAGE / "_bench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=output_folder,
         metavar="DIR",
-        help="folder of results; the card gets a folder in it (default: bench/results)",
+        help="folder of results; the card gets a folder in it (default: bench/results of a "
+        "checkout, else bench-results)",
     )
 
 
@@ -83,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     if not cuda:
         output.note(
-            "No CUDA device: measuring the fallback and the emulated path on this CPU. The times "
+            "No CUDA device: measuring emulation and a stand-in library on this CPU. The times "
             "say that the code runs, nothing about speed."
         )
     with _importable(root), _cache(cuda):
         machine = _module("bench.machine")
-        folder = (args.output or root / "bench" / "results") / machine.folder_name()
+        folder = (args.output or results_folder(root)) / machine.folder_name()
         target = result_path(folder, time.strftime("%Y-%m-%d"), machine.library()[0])
         folder.mkdir(parents=True, exist_ok=True)
         code, log = _measure(_arguments(args, root, parts, target, cuda), output.quiet)
@@ -100,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
         if code:
             print(log[-20_000:], file=sys.stderr)
         _show(target, output)
-    output.note(f"wrote {target}\ntables and plots: python -m bench.report {folder}")
+    output.note(f"wrote {target}")
+    if root != PACKAGED:
+        output.note(f"tables and plots: python -m bench.report {folder}")
     return code
 
 
@@ -122,22 +128,28 @@ def _cache(cuda: bool) -> Iterator[None]:
 
 
 def find_checkout() -> Path:
-    """Return the checkout whose benchmarks are run: this package's own, or the working directory.
+    """Return the folder whose benchmarks are run.
+
+    This package's own checkout, or the working directory, or the copy that wheels bring.
 
     Raises:
-        ValueError: neither holds the benchmarks, which wheels do not bring.
+        ValueError: there is none of these.
     """
-    candidates = (Path(sdgp_cusparselt.__file__).parents[1], Path.cwd())
-    for root in candidates:
+    for root in (PACKAGE.parent, Path.cwd(), PACKAGED):
         if (root / "bench" / "conftest.py").is_file() and (root / "pyproject.toml").is_file():
             return root
     raise value_error(
         "find_checkout",
         "the working directory",
-        "a checkout of the sources with its bench folder, which wheels do not bring",
-        candidates[1],
+        "a checkout of the sources with its bench folder",
+        Path.cwd(),
         "Clone the repository and run sdgp bench inside it.",
     )
+
+
+def results_folder(root: Path) -> Path:
+    """Return where results go by default: into the checkout, or beside the caller."""
+    return Path("bench-results") if root == PACKAGED else root / "bench" / "results"
 
 
 def result_path(folder: Path, date: str, library: str) -> Path:
@@ -199,6 +211,8 @@ def _arguments(
         f"--config-file={root / 'pyproject.toml'}",
         *("-k", "gpu" if cuda else "cpu"),
         *("-p", "no:cacheprovider", "-p", "no:xdist"),
+        # The tests' strictness would stop at the settings of plugins that benchmarks do not need.
+        *("-o", "addopts=--strict-markers"),
         *("-q", "-rs", "--tb=short"),
         f"--bench-scope={'full' if args.full else 'quick'}",
         f"--bench-dtype={args.dtype}",

@@ -8,6 +8,7 @@ import torch
 from sdgp_cusparselt.cards.gpus import GPUS
 from sdgp_cusparselt.commands.arguments import UsageError, integer, output_file, sizes
 from sdgp_cusparselt.commands.console import Output
+from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.planner import report
 from sdgp_cusparselt.planner.gemms import Trace, trace_step
 from sdgp_cusparselt.planner.models import PRESETS, Problem, load
@@ -105,8 +106,8 @@ def _traced(args: argparse.Namespace) -> tuple[Problem, Trace]:
         )
     # Building and running a model is somebody else's code, which may raise anything.
     except Exception as error:
-        own = isinstance(error, ValueError | ImportError) and str(error).startswith("plan: ")
-        why = str(error) if own else f"{type(error).__name__}: {error}"
+        own = isinstance(error, SDGPError) or str(error).startswith("plan: ")
+        why = str(error).removeprefix("plan: ") if own else f"{type(error).__name__}: {error}"
         raise UsageError(f"{args.model} cannot be planned: {why}") from error
     if not trace.gemms:
         raise UsageError(f"{args.model} cannot be planned: its forward pass multiplies no matrices")

@@ -1,7 +1,6 @@
 """``sdgp tune``: decide sparse or dense for every product of a model, before training needs it."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +16,8 @@ from rich.table import Table
 
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Gemm
+from sdgp_cusparselt.commands.arguments import integer, sizes
+from sdgp_cusparselt.commands.console import Output
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.config.patterns import METHODS
 from sdgp_cusparselt.errors import SDGPError
@@ -53,12 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON or CSV of m, n, k and optionally dtype, dense_order, method, transpose, such as "
         "sdgp.record_shapes() writes it",
     )
-    parser.add_argument("--batch", type=int, help="samples in a step (with --model)")
-    parser.add_argument("--sequence", type=int, help="tokens in a sample (with --model)")
-    parser.add_argument("--resolution", type=int, help="image edge in pixels (with --model)")
-    parser.add_argument(
-        "--shape", type=_shape, help="of a sample, such as 3x224x224 (with --model)"
-    )
+    parser.add_argument("--batch", type=integer(1), help="samples in a step (with --model)")
+    parser.add_argument("--sequence", type=integer(1), help="tokens in a sample (with --model)")
+    parser.add_argument("--resolution", type=integer(1), help="image edge in pixels (with --model)")
+    parser.add_argument("--shape", type=sizes, help="of a sample, such as 3x224x224 (with --model)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="with --model")
     parser.add_argument(
         "--prune", choices=METHODS[1:], default=SDGPConfig().prune, help="with --model"
@@ -79,11 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    """Read 3x224x224; argparse turns the ValueError of a wrong one into its own message."""
-    return tuple(int(part) for part in text.split("x"))
-
-
 def run(args: argparse.Namespace) -> int:
     """Tune, print the table; 2 where nothing can be tuned or the arguments name nothing."""
     backend = routes.LIBRARY
@@ -98,29 +92,27 @@ def run(args: argparse.Namespace) -> int:
         keys, skipped = _products(args, device)
     except (ValueError, TypeError, OSError, ImportError, AttributeError, RuntimeError) as error:
         return _cannot(str(error))
+    output = Output(args)
     for reason, count in skipped.items():
-        print(f"sdgp tune: {count} products left out: {reason}", file=sys.stderr)
+        output.note(f"sdgp tune: {count} products left out: {reason}")
     if not keys:
         return _cannot("no product to tune")
     decisions: list[Decision] = []
     try:
-        _tune(keys, backend, decisions, force=args.force, in_process=args.in_process)
+        _tune(
+            keys, backend, decisions, force=args.force, in_process=args.in_process, quiet=args.quiet
+        )
     except SDGPError as error:
         return _cannot(f"{error}; {len(decisions)} decisions are stored")
     except KeyboardInterrupt:
         print(f"sdgp tune: interrupted; {len(decisions)} decisions are stored", file=sys.stderr)
         return INTERRUPTED
-    if args.json:
-        document = {
-            "machine": backend.machine_key(device),
-            "decisions": [decision.as_dict() for decision in decisions],
-        }
-        text = json.dumps(document, indent=1)
-        if args.json == "-":
-            print(text)
-            return 0
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    _print(decisions)
+    document = {
+        "machine": backend.machine_key(device),
+        "decisions": [decision.as_dict() for decision in decisions],
+    }
+    output.write_json(document)
+    _print(output, decisions)
     return 0
 
 
@@ -181,11 +173,12 @@ def _tune(
     *,
     force: bool,
     in_process: bool,
+    quiet: bool,
 ) -> None:
     """Tune one product after the other under a progress bar; the cache keeps each at once."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
-    hidden = not sys.stderr.isatty()
+    hidden = quiet or not sys.stderr.isatty()
     with ExitStack() as stack:
         searcher = None
         if not in_process:
@@ -215,7 +208,10 @@ def _tune(
             bar.advance(task)
 
 
-def _print(decisions: Sequence[Decision]) -> None:
+def _print(output: Output, decisions: Sequence[Decision]) -> None:
+    sparse = sum(d.use == "sparse" for d in decisions)
+    stored = f"stored in {default_cache().folder}"
+    output.prose(f"{sparse} of {len(decisions)} products run sparse; {stored}")
     table = Table(box=None, pad_edge=False)
     for column in ("product", "pruned by", "use", "algorithm"):
         table.add_column(column, overflow="fold")
@@ -232,12 +228,8 @@ def _print(decisions: Sequence[Decision]) -> None:
             "" if d.speedup is None else f"{d.speedup:.2f}",
             str(len(d.rejected)),
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(table)
+    output.print()
+    output.print(table)
     for d in decisions:
         if d.use == "dense":
-            print(f"{d.gemm.describe()} stays dense: {d.reason}")
-    sparse = sum(d.use == "sparse" for d in decisions)
-    print(f"{sparse} of {len(decisions)} products run sparse; stored in {default_cache().folder}")
+            output.prose(f"{d.gemm.describe()} stays dense: {d.reason}")

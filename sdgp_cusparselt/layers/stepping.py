@@ -152,8 +152,11 @@ def _advance(function: str, model: nn.Module) -> int:
 
 
 def _count(function: str, model: nn.Module) -> int:
-    """Return the steps that every layer of model counted."""
-    counts = {layer.sdgp_step for _, layer in converted_layers(function, model)}
+    """Return the steps that every layer of model counted; of those with a schedule, if any has."""
+    layers = [layer for _, layer in converted_layers(function, model)]
+    # Only a schedule's step is in checkpoints: the others' would be 0 after loading one.
+    scheduled = [layer for layer in layers if layer.sdgp_base_config.schedule is not None]
+    counts = {layer.sdgp_step for layer in scheduled or layers}
     if len(counts) > 1:
         fix = "Bring them together with sdgp.load_schedule_state(model, {'step': n})."
         rule = "one whose layers count the same steps"

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -58,8 +58,9 @@ class Limits:
 
     Attributes:
         candidates: how many of those offered are tried; all if None.
-        seconds: after which no further candidate is proven and no further round is run. What has
-            begun is finished, and one candidate is proven and timed in any case.
+        seconds: after which no further candidate is proven and no further round is run; see
+            ``Deadline``. What has begun is finished, and one candidate is proven and timed in any
+            case.
         clock: monotonic seconds.
         progress: called with (done, total, what is being done).
         trying: called before a candidate, or with None before the rival, is proven or timed;
@@ -73,6 +74,27 @@ class Limits:
     trying: Callable[[Candidate | None], None] = lambda candidate: None
 
 
+class Deadline:
+    """When the time of a search is over.
+
+    It runs from the end of the first candidate's first run, which compiles kernels, learns an
+    order and loads what it needs: work that the search's first product would pay for all others.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._at = limits, math.inf
+
+    def start(self) -> None:
+        """Let the time run, if it does not yet."""
+        if self._at == math.inf:
+            self._at = self._limits.clock() + self._limits.seconds
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return self._limits.clock() >= self._at
+
+
 @dataclass(frozen=True)
 class Contest:
     """The contest for one product: the arguments that its steps share.
@@ -82,18 +104,20 @@ class Contest:
         executor: what runs it sparsely.
         rival: what the sparse path has to beat.
         limits: what it may cost.
-        late: whether the time is over.
+        deadline: of the search.
         timer: what times a call.
         seed: of data and order.
+        harmless: candidates that cannot hang; one of them runs at sizes that are not measured.
     """
 
     key: Key
     executor: SparseExecutor
     rival: Rival
     limits: Limits
-    late: Callable[[], bool]
+    deadline: Deadline
     timer: Timer
     seed: int
+    harmless: frozenset[Candidate]
 
     def decision(self, offered: Candidates) -> Decision | None:
         """Screen the products, then race the best ones with their pack against the rival.
@@ -111,7 +135,9 @@ class Contest:
         names = {describe_candidate(c): c for c in offered.standing}
         runs: Runs = {name: self._product(c, x, dense) for name, c in names.items()}
         screened = self._times(runs, SCREENING_ROUNDS, names, offered)
-        finalists = sorted(screened, key=lambda name: median(screened[name]))[:FINALISTS]
+        fastest = sorted(screened, key=lambda name: median(screened[name]))
+        harmless = [name for name in fastest if names[name] in self.harmless]
+        finalists = list(dict.fromkeys(fastest[:FINALISTS] + harmless[:1]))
         self.limits.progress(STEPS - 1, STEPS, "race against dense")
         runs = {"dense": self._dense(x.t() if transpose else x, dense)}
         runs |= {name: self._whole(names[name], x, dense) for name in finalists}
@@ -120,8 +146,12 @@ class Contest:
         finalists = [name for name in finalists if name in final and f"pack for {name}" in final]
         if not finalists:
             return None
-        winner = min(finalists, key=lambda name: median(final[name]))
-        return self._outcome(names[winner], winner, screened, final, offered)
+        finalists.sort(key=lambda name: median(final[name]))
+        decision = self._outcome(names[finalists[0]], finalists[0], screened, final, offered)
+        for name in finalists:
+            if names[name] in self.harmless:
+                return replace(decision, elsewhere=names[name], elsewhere_us=median(final[name]))
+        return decision
 
     def _times(
         self, runs: Runs, rounds: int, names: dict[str, Candidate], offered: Candidates
@@ -138,7 +168,7 @@ class Contest:
 
     def _rounds(self, most: int) -> Iterator[int]:
         for number in range(most):
-            if number >= LEAST_ROUNDS and self.late():
+            if number >= LEAST_ROUNDS and self.deadline.passed:
                 return
             yield number
 

@@ -75,6 +75,10 @@ class Decision:
         rejected: every candidate that is out, with the reason.
         packer: what packed the operand in the race: our kernel, or the library's own Compress,
             which is another contender; None without a candidate.
+        elsewhere: the fastest proven candidate for sizes of the bucket that were not measured: one
+            that cannot hang there, where ``candidate`` itself was only tried in a process that
+            could be spared.
+        elsewhere_us: of pack, its product and finish.
         bounded: the search tried a few candidates only; ``sdgp tune`` searches again.
         predicted: nothing was tried, because it cannot win by what is published of this GPU.
         transient: the reason may pass (no memory, a busy lock), so nothing is stored on disk.
@@ -95,6 +99,8 @@ class Decision:
     dense_us: float | None = None
     rejected: tuple[tuple[Candidate, str], ...] = ()
     packer: Packer | None = None
+    elsewhere: Candidate | None = None
+    elsewhere_us: float | None = None
     bounded: bool = False
     predicted: bool = False
     transient: bool = False
@@ -139,6 +145,8 @@ class Decision:
             "dense_us": self.dense_us,
             "rejected": rejected_as_list(self.rejected),
             "packer": self.packer,
+            "elsewhere": None if self.elsewhere is None else asdict(self.elsewhere),
+            "elsewhere_us": self.elsewhere_us,
             "bounded": self.bounded,
             "conditions": self.conditions,
         }
@@ -150,7 +158,7 @@ class Decision:
         Raises:
             KeyError, TypeError, ValueError: data is not what ``as_dict`` writes.
         """
-        candidate = None if data["candidate"] is None else Candidate(**data["candidate"])
+        candidate, elsewhere = _candidate(data["candidate"]), _candidate(data["elsewhere"])
         decision = cls(
             gemm_from_dict(data, device),
             str(data["method"]),
@@ -165,6 +173,8 @@ class Decision:
             _time(data["dense_us"]),
             rejected=rejected_from_list(data["rejected"]),
             packer=None if data["packer"] is None else Packers[data["packer"]],
+            elsewhere=elsewhere,
+            elsewhere_us=_time(data["elsewhere_us"]),
             bounded=bool(data["bounded"]),
             conditions=dict(data["conditions"]),
         )
@@ -232,6 +242,10 @@ def rejected_from_list(entries: Iterable[dict[str, Any]]) -> tuple[tuple[Candida
         KeyError, TypeError: an entry has no reason, or other fields than a candidate.
     """
     return tuple(_rejection(entry) for entry in entries)
+
+
+def _candidate(data: dict[str, Any] | None) -> Candidate | None:
+    return None if data is None else Candidate(**data)
 
 
 def _rejection(entry: dict[str, Any]) -> tuple[Candidate, str]:

@@ -167,12 +167,11 @@ class _Case:
 
     def _here(self, decision: Decision) -> Decision:
         """Return what a decision means for the product at hand, another one of its bucket."""
+        if planned_as(self.key.gemm) != planned_as(decision.gemm):
+            decision = self._elsewhere(decision)
         candidate = decision.candidate
         if candidate is None or not (self._forced or decision.use == "sparse"):
             return decision
-        if not self._forced and self._too_close(decision):
-            reason = f"{decision.reason}, too close for a size that was not measured"
-            return replace(decision, use="dense", reason=reason)
         gemm = self.key.gemm
         if not self.cache.is_proven(gemm, candidate):
             fault = self._unproven(candidate)
@@ -181,11 +180,20 @@ class _Case:
             self.cache.prove(gemm, candidate)
         return decision if self._forced else self._same_packer(decision, candidate)
 
-    def _too_close(self, decision: Decision) -> bool:
-        measured = planned_as(self.key.gemm) == planned_as(decision.gemm)
-        if measured or decision.sparse_us is None or decision.dense_us is None:
-            return False
-        return decision.sparse_us > ELSEWHERE_MARGIN * decision.dense_us
+    def _elsewhere(self, decision: Decision) -> Decision:
+        """Return what a decision says of a size that was not measured itself."""
+        here = replace(decision, candidate=decision.elsewhere)
+        if decision.use == "dense" or decision.candidate is None:
+            return here
+        us, dense_us = decision.elsewhere_us, decision.dense_us
+        if us is None or dense_us is None:
+            name = describe_candidate(decision.candidate)
+            where = decision.gemm.describe()
+            return dense_decision(self.key, f"{name} may hang, and was tried only at {where}")
+        if us > ELSEWHERE_MARGIN * dense_us:
+            reason = f"{decision.reason}, too close for a size that was not measured"
+            return replace(here, use="dense", reason=reason)
+        return replace(here, sparse_us=us)
 
     def _unproven(self, candidate: Candidate) -> Decision | None:
         """Prove a candidate at the size at hand; return the decision that it fails into."""

@@ -14,6 +14,7 @@ from sdgp_cusparselt.tuning.contest import (
     STEPS,
     Candidates,
     Contest,
+    Deadline,
     Limits,
     first_line,
 )
@@ -199,7 +200,7 @@ class Search:
                 nothing = self._offer(offered)
                 if nothing is not None:
                     return nothing
-                self._prove(offered, lambda: False)
+                self._prove(offered, Deadline(self.limits))
                 if not offered.standing:
                     return self._nothing_right(offered)
                 first = offered.standing[0]
@@ -212,19 +213,27 @@ class Search:
         return Decision(*self.key, "sparse", first, reason, packer=packer)
 
     def _decide(self, offered: Candidates, timer: Timer | None) -> Decision:
-        limits, begun = self.limits, self.limits.clock()
-
-        def late() -> bool:
-            return limits.clock() - begun >= limits.seconds
-
+        deadline = Deadline(self.limits)
         nothing = self._offer(offered)
         if nothing is not None:
             return nothing
-        self._prove(offered, late)
+        self._prove(offered, deadline)
         if not offered.standing:
             return self._nothing_right(offered)
         timer = timer_for(self.key.gemm.device) if timer is None else timer
-        contest = Contest(self.key, self.executor, self.rival, limits, late, timer, self.seed)
+        harmless = offered.standing
+        if not self.safe:
+            harmless = self.executor.candidates(self.key.gemm)
+        contest = Contest(
+            self.key,
+            self.executor,
+            self.rival,
+            self.limits,
+            deadline,
+            timer,
+            self.seed,
+            frozenset(harmless),
+        )
         return contest.decision(offered) or self._nothing_right(offered)
 
     def _offer(self, offered: Candidates) -> Decision | None:
@@ -247,7 +256,7 @@ class Search:
         offered.standing += left[: self.limits.candidates]
         return None if offered.standing else self._nothing_right(offered)
 
-    def _prove(self, offered: Candidates, late: Callable[[], bool]) -> None:
+    def _prove(self, offered: Candidates, deadline: Deadline) -> None:
         """Take out every candidate that fails a trial, with fresh data each, or for want of time.
 
         The first one standing is proven whatever the time is.
@@ -256,7 +265,7 @@ class Search:
         made = trials(gemm, method=method, transpose=transpose, seed=self.seed)
         for number, trial in enumerate(made):
             for candidate in list(offered.standing):
-                if candidate != offered.standing[0] and late():
+                if candidate != offered.standing[0] and deadline.passed:
                     offered.standing.remove(candidate)
                     continue
                 step = f"proof {number + 1}/{len(EXACT_TRIALS)} {describe_candidate(candidate)}"
@@ -268,6 +277,7 @@ class Search:
                     )
                 except REFUSALS as error:
                     reason = error
+                deadline.start()
                 if reason:
                     offered.reject(candidate, reason)
             if not offered.standing:

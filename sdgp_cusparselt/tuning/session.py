@@ -85,13 +85,14 @@ class Session:
         """
         with self._lock:
             self._found.append((decision, seconds))
-            first = len(self._found) == 1
-        if first:
-            at_end_of_backward(lambda: self._report(stored))
+        # Asked for each time: a backward pass that raises runs no callback of its own.
+        at_end_of_backward(lambda: self._report(stored))
 
     def _report(self, stored: str) -> None:
         with self._lock:
             found, self._found = self._found, []
+        if not found:
+            return
         sparse = sum(decision.use == "sparse" for decision, _ in found)
         seconds = sum(seconds for _, seconds in found)
         text = (

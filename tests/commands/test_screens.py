@@ -104,7 +104,7 @@ def test_check(
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
     assert main(["check", "--device", "cpu"]) == 1
     text = capsys.readouterr().out
-    assert text.startswith("dense is WRONG: 3 out of bound, of 3 products")
+    assert text.startswith("emulated is WRONG: 3 out of bound, of 3 products")
     assert text.count("MISMATCH") == 3
 
 

@@ -22,6 +22,7 @@ BASE = {
     "bench": ["--parts", "machine"],
     "train": ["digits", "--methods", "dense", "--steps", "1"],
     "quality": ["digits", "--steps", "2"],
+    "tune": ["--model", f"{__name__}:tiny", "--shape", "16x16"],
 }
 NASTY = ["", " ", "0", "-1", "-", "x", "1.5", "nan", "inf", "-inf", "1e400", "9" * 30, "3x", "x3"]
 NASTY += [

@@ -73,6 +73,21 @@ def test_a_schedule_is_in_the_state_dict_and_leaves_with_it() -> None:
     assert [type(module) for module in model.modules()] == [type(m) for m in plain.modules()]
 
 
+def test_layers_without_a_schedule_follow_those_with_one() -> None:
+    def mixed() -> Net:
+        model = Net()
+        sdgp.convert_(model, {"first": SCHEDULED, "*": SCHEDULED.replace(schedule=None)})
+        return model
+
+    model = mixed()
+    for _ in range(3):
+        sdgp.step(model)
+    other = mixed()
+    other.load_state_dict(model.state_dict())
+    assert sdgp.schedule_state(other) == {"step": 3} and sdgp.step(other) == 4
+    assert [m.sdgp_step for m in (other.first, other.conv, other.last)] == [4, 4, 4]
+
+
 @pytest.mark.parametrize("way", ["torch.save", "safetensors", "distributed"])
 def test_checkpoints_of_every_format_carry_the_step(way: str, tmp_path: Path) -> None:
     model, other = converted(SCHEDULED), converted(SCHEDULED)

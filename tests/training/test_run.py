@@ -271,7 +271,7 @@ def test_a_run_leaves_the_callers_generator_alone(image_task: Task, tmp_path: Pa
     torch.manual_seed(7)
     spec = RunSpec("digits", parse_method("random"), 0, image_task.recipe, backend="dense")
     data = image_task.load()
-    execute(spec, image_task, data, tmp_path, lambda s: False, lambda *a: None, lambda: None)
+    execute(spec, image_task, data, tmp_path, lambda s: False, lambda *a: None, lambda loss: None)
     assert torch.equal(torch.rand(3), expected)
 
 

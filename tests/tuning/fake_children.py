@@ -23,6 +23,8 @@ def decision(request: dict[str, Any], alg_id: int) -> dict[str, Any]:
         "dense_us": 4.0,
         "rejected": request["excluded"],
         "packer": "ours",
+        "elsewhere": candidate(alg_id),
+        "elsewhere_us": 2.0,
         "bounded": False,
         "conditions": {},
     }

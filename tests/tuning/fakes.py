@@ -1,6 +1,5 @@
 """An executor in plain torch whose algorithms misbehave as told, and a timer with given times."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -73,8 +72,6 @@ class FakeExecutor:
             raise refusal()
         if kind == "sleeps":
             time.sleep(60)
-        if kind == "aborts":
-            os.abort()
         if kind == "broken":
             raise TypeError("a programming error")
         if kind == "one element":

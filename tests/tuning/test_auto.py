@@ -17,13 +17,16 @@ from sdgp_cusparselt.errors import SDGPCacheWarning
 from sdgp_cusparselt.tuning import Decision, Rival, TuningCache, decision_for, memory, tune
 from sdgp_cusparselt.tuning.buckets import bucket
 from sdgp_cusparselt.tuning.contest import Limits
+from sdgp_cusparselt.tuning.decision import Key
 from sdgp_cusparselt.tuning.policy import AGAIN_S, ELSEWHERE_MARGIN, FEW
+from sdgp_cusparselt.tuning.search import Search
 from sdgp_cusparselt.tuning.session import Session
 from tests.tuning.fakes import CPU, GEMM, TOP, FakeExecutor, FakeTimer, fixed
 
+TOP_KEY = Key(TOP, "magnitude", False, "mm")
 AUTO = sdgp.SDGPConfig(prune="magnitude")
-#: 64 token counts, as batches of sentences have them: about 12 buckets and 55 plans.
-LENGTHS = [(37 * i * i + 61 * i) % 3000 + 20 for i in range(64)]
+#: 64 token counts, as batches of sentences have them: at most 12 buckets, more than 50 plans.
+LENGTHS = [20 + 47 * (29 * i % 64) for i in range(64)]
 
 
 class Clock:
@@ -152,6 +155,27 @@ def test_a_narrow_win_holds_only_where_it_was_measured(cache: TuningCache) -> No
     assert decide(cache, executor, other, timer=clear).use == "sparse"
 
 
+def test_what_may_hang_runs_only_where_it_was_tried(cache: TuningCache) -> None:
+    """The fastest was tried in a process that could be spared; other sizes run the next best."""
+    executor = FakeExecutor("good", "good", unsafe=("good", "good", "good"))
+    timer = fixed(a0=60.0, a1=50.0, a2=30.0, a3=31.0, a4=32.0)
+    spared = Search(TOP_KEY, executor, safe=False).decide(timer)
+    assert (spared.candidate, spared.elsewhere) == (Candidate(2), Candidate(1))
+    cache.write(spared, executor)
+    here, elsewhere = decide(cache, executor, TOP), decide(cache, executor, GEMM)
+    assert (here.use, here.candidate, here.sparse_us) == ("sparse", Candidate(2), 30.0)
+    assert (elsewhere.use, elsewhere.candidate, elsewhere.sparse_us) == (
+        "sparse",
+        Candidate(1),
+        50.0,
+    )
+    alone = Search(TOP_KEY, FakeExecutor("nan", unsafe=("good",)), safe=False).decide(fixed(a1=1.0))
+    assert (alone.candidate, alone.elsewhere) == (Candidate(1), None)
+    cache.write(alone, executor)
+    none = decide(again(cache), executor, GEMM)
+    assert (none.use, none.candidate) == ("dense", None) and "alg 1 may hang" in none.reason
+
+
 def test_few_candidates_are_tried_the_winners_of_other_products_first(cache: TuningCache) -> None:
     kinds = ["good"] * (FEW + 4)
     executor = FakeExecutor(*kinds)
@@ -181,6 +205,19 @@ def test_time_up_leaves_who_is_proven(cache: TuningCache, clock: Clock) -> None:
     assert (found.use, found.candidate) == ("sparse", Candidate(0))
     assert found.conditions["candidates_timed"] == 1 and found.conditions["rounds"] == 5
     assert not found.rejected, "who was not tried is not wrong"
+
+
+def test_what_the_first_run_compiles_is_not_charged_to_the_search(
+    cache: TuningCache, clock: Clock
+) -> None:
+    class Compiles(FakeExecutor):
+        def pack(self, *args, **kwargs):
+            clock.now += 0.0 if self.calls["pack"] else 20.0
+            return super().pack(*args, **kwargs)
+
+    found = decide(cache, Compiles("good", "good", "good"), timer=fixed(a0=9.0, a1=9.0, a2=1.0))
+    assert found.candidate == Candidate(2) and found.conditions["candidates_timed"] == 3
+    assert cache.session.spent == 20.0, "but to the process"
 
 
 def test_a_bad_first_candidate_does_not_use_up_the_search(cache: TuningCache, clock: Clock) -> None:
@@ -377,12 +414,9 @@ def test_a_waiting_rank_reads_what_is_stored_while_the_tuner_goes_on(cache: Tuni
 
 def decide_while_held(cache: TuningCache, tuner: TuningCache, executor: FakeExecutor) -> Decision:
     limits = Limits(candidates=FEW)
-    decision = sdgp.tuning.search.Search(TOP_KEY, executor, limits=limits).decide(fixed(a0=1.0))
+    decision = Search(TOP_KEY, executor, limits=limits).decide(fixed(a0=1.0))
     tuner.write(decision, executor)
     return tune(TOP, executor, cache=cache, limits=limits, timer=FakeTimer({}))
-
-
-TOP_KEY = sdgp.tuning.decision.Key(TOP, "magnitude", False, "mm")
 
 
 def test_one_message_for_all_that_a_backward_pass_tuned(
@@ -407,6 +441,17 @@ def test_one_message_for_all_that_a_backward_pass_tuned(
     assert said.count("\n") == 1
     assert "tuned 3 products" in said and "2 sparse, 1 plain" in said
     assert str(cache.folder) in said and "the next run saves these" in said
+
+    class Fails(Tunes):
+        @staticmethod
+        def backward(ctx, grad):
+            decide(cache, executor, replace(TOP, n=56), timer=ticking(cache, fixed(a0=40.0)))
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        Fails.apply(torch.ones(1, requires_grad=True)).backward()
+    decide(cache, executor, replace(TOP, n=64), timer=ticking(cache, fixed(a0=40.0)))
+    assert "tuned 2 products" in capsys.readouterr().err, "what a failed pass tuned is not lost"
     decide(cache, executor, replace(TOP, n=24))
     decide(again(cache), executor, replace(TOP, n=24))
     assert capsys.readouterr().err == "", "what is read is not announced"
