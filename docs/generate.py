@@ -2,8 +2,8 @@
 
 python docs/generate.py
 
-Predictions stand in when-is-it-faster.md between two markers, so that the page reads whole on
-GitHub too; the API pages (api.md) are made for each build and not kept.
+Predictions stand in when-is-it-faster.md and README.md between two markers, so that the pages read
+whole on GitHub too; the API pages (api.md) are made for each build and not kept.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,9 @@ PACKAGES = {"sdgp_cusparselt": ROOT, "pycusparselt": ROOT / "bindings"}
 
 def main() -> None:
     """Write every generated part."""
-    page = DOCS / "when-is-it-faster.md"
-    page.write_text(with_predictions(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, made in predicted_pages().items():
+        text = with_predictions(page.read_text(encoding="utf-8"), made)
+        page.write_text(text, encoding="utf-8")
     (DOCS / "api.md").write_text(api_page(), encoding="utf-8")
     problem = load("vit-l-16")
     trace = trace_step(problem.model, problem.inputs)
@@ -35,8 +36,15 @@ def main() -> None:
     plot(DOCS / "img" / "plan-vit-l-16.png", problem, results)
 
 
-def with_predictions(text: str) -> str:
-    """Return the page with its generated part replaced.
+def predicted_pages() -> dict[Path, str]:
+    """Return page -> what stands between its markers."""
+    parts = predictions()
+    steps = parts.partition("Whole step, dense time / SDGP time:\n\n")[2].partition("\n\n")[0]
+    return {DOCS / "when-is-it-faster.md": parts, ROOT / "README.md": steps}
+
+
+def with_predictions(text: str, made: str) -> str:
+    """Return the page with its generated part replaced by what was made.
 
     Raises:
         ValueError: the page lacks one of the two markers.
@@ -45,7 +53,7 @@ def with_predictions(text: str) -> str:
     _, found, tail = rest.partition(END)
     if not found:
         raise ValueError(f"with_predictions: text must hold {BEGIN} and then {END}, got neither.")
-    return f"{head}{BEGIN}\n\n{predictions()}\n\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
 
 
 def predictions() -> str:
