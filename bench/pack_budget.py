@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from bench import sass
-from bench.pack_model import CARDS, Pass, clones, partial_sectors
+from bench.pack_model import CARDS, SECTOR, Pass, clones, partial_sectors
 from sdgp_cusparselt.packing import layout as layouts
 from sdgp_cusparselt.packing import variants
 from sdgp_cusparselt.packing.layout import MetadataLayout
@@ -89,18 +90,21 @@ class Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Yield what is launched; quick: every method, kernel and layout, but not every mixture."""
+    """Yield what is launched; quick: each of everything, but few mixtures."""
     if quick:
-        for target, method in itertools.product((80, 90), METHODS):
-            for ways in ((method, None), (None, method), (method, method)):
-                yield Case(*ways, "blocked", target)
-        yield Case("mvue", "mvue", "sm90-interleaved", 90)
-        yield Case("mvue", None, "sm90-atom", 90)
-        yield Case("mvue", "magnitude", "plain", 90, column_sums=True, dtype="float16")
-        for target in (100, 120):
-            yield Case("mvue", "mvue", "blocked", target)
+        for method in ("magnitude", "mvue"):
+            yield Case(method, None, "blocked", 90)
+            yield Case(None, method, "blocked", 90)
+            yield Case(method, method, "blocked", 90)
+        yield Case("mvue", "mvue", "blocked", 80)
+        yield Case("mvue", "mvue", "sm90-interleaved", 100)
+        yield Case("mvue", "mvue", "sm90-atom", 120)
+        yield Case("random", "random", "blocked", 80)
+        yield Case("mvue", "magnitude", "plain", 80, column_sums=True, dtype="float16")
+        yield Case("rescaled_magnitude", None, "blocked", 90)
+        yield Case(None, "rescaled_magnitude", "blocked", 80)
         yield Case("mvue", None, "", 90, dense=True)
-        yield Case(None, "mvue", "", 80, n=1, dense=True)
+        yield Case(None, "random", "", 80, n=1, dense=True)
         return
     for target, name in itertools.product(TARGETS, LAYOUTS):
         for method in METHODS:
@@ -110,11 +114,11 @@ def cases(quick: bool) -> Iterator[Case]:
             if pair[0] == pair[1] or name == "blocked":
                 yield Case(*pair, name, target)
     for target, method in itertools.product(TARGETS, METHODS):
-        for ways in ((method, None), (None, method)):
+        for features, tokens in ((method, None), (None, method)):
             for n in (2, 1):
-                yield Case(*ways, "", target, n=n, dense=True)
-            yield Case(*ways, "blocked", target, n=1)
-            yield Case(*ways, "blocked", target, dtype="float16")
+                yield Case(features, tokens, "", target, n=n, dense=True)
+            yield Case(features, tokens, "blocked", target, n=1)
+            yield Case(features, tokens, "blocked", target, dtype="float16")
         yield Case(method, method, "blocked", target, column_sums=True)
         yield Case(method, method, "blocked", target, dtype="float16")
 
@@ -152,13 +156,35 @@ def _written(
 ) -> float:
     """Return the bytes written per element of x, sectors that are filled in part twice."""
     total = 0.0
-    for wanted, rows, cols in (
-        (features, tile.block_m, tile.block_k),
-        (tokens, tile.block_k, tile.block_m),
-    ):
+    for wanted, rows, cols in _operands(features, tokens, tile):
         if wanted is not None:
             total += 1 + (1 + partial_sectors(layout, rows, cols)) / 8
     return total
+
+
+def _operands(
+    features: Target | None, tokens: Target | None, tile: variants.Tile
+) -> tuple[tuple[Target | None, int, int], ...]:
+    """Return each operand that is wanted, and the rows and columns of it in a block."""
+    return (features, tile.block_m, tile.block_k), (tokens, tile.block_k, tile.block_m)
+
+
+def half_filled(case: Case) -> float:
+    """Return the share of sectors, of values and metadata, that a block fills in part."""
+    if case.dense:
+        return 0.0
+    layout = LAYOUTS[case.layout]
+    features, tokens = (
+        None if method is None else Target(method, layout)
+        for method in (case.features, case.tokens)
+    )
+    tile = variants.choose_tile(ROWS, COLS, features, tokens)
+    shares = []
+    for wanted, rows, cols in _operands(features, tokens, tile):
+        if wanted is not None:
+            # A row of values of a block is as many bytes as it has columns.
+            shares += [float(cols % SECTOR != 0), partial_sectors(layout, rows, cols)]
+    return max(shares)
 
 
 def _ratio_reads(case: Case, tile: variants.Tile) -> float:
@@ -187,7 +213,13 @@ def _count(
 ) -> Pass:
     compiled = compile_kernel(name, constants, tile.num_warps, target)
     code = sass.read(compiled, target, trips)
-    return Pass(code, tile.block_m * tile.block_k * trips, moved)
+    return Pass(code, tile.block_m * tile.block_k * trips, moved, ptx_opcodes(compiled))
+
+
+def ptx_opcodes(compiled: Any) -> frozenset[str]:
+    """Return the PTX instructions of a kernel, with their modifiers."""
+    found = re.findall(r"^\s*(?:@!?%\w+ )?([a-z][\w.:]*)\s", compiled.asm["ptx"], re.MULTILINE)
+    return frozenset(found)
 
 
 def compile_kernel(
@@ -198,7 +230,7 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdgp_cusparselt.packing import kernels, launch
+    from sdgp_cusparselt.packing import kernels, starting
 
     kernel = getattr(kernels, name)
     pointers = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32"}
@@ -221,7 +253,7 @@ def compile_kernel(
         {(names.index(key),): value for key, value in constants.items()},
         attributes,
     )
-    options = {"num_warps": num_warps, **launch.COMPILE_OPTIONS}
+    options = {"num_warps": num_warps, **starting.COMPILE_OPTIONS}
     return triton_compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
@@ -250,19 +282,24 @@ def report(case: Case) -> dict[str, Any]:
         "warps": last.code.resident,
         "loads": loads,
         "stores": stores,
+        "half_filled": half_filled(case),
         "modelled_clones": modelled,
+        "ptx": sorted(frozenset().union(*(one.ptx for one in found))),
     }
-    answer["over"] = _over(case, answer)
+    answer["over"] = over_budget(case, answer)
     return answer
 
 
-def _over(case: Case, answer: dict[str, Any]) -> list[str]:
+def over_budget(case: Case, answer: dict[str, Any]) -> list[str]:
+    """Return what a case exceeds: clones, stack, narrow accesses, half-filled sectors."""
     limits = BUDGETS[case.kind]
     over = [
         f"{card}: {ratio:.3f} clones, budget {limits[card]}"
         for card, ratio in answer["modelled_clones"].items()
         if ratio > limits.get(card, ratio)
     ]
+    if answer["half_filled"]:
+        over.append(f"{answer['half_filled']:.2f} of the sectors half-filled")
     if answer["stack"]:
         over.append(f"{answer['stack']} bytes of stack")
     # Ratios and seeds are words; nothing else may be narrower than half a vector.
@@ -281,14 +318,15 @@ def table(reports: list[dict[str, Any]]) -> str:
         "Counted from machine code, times modelled, nothing measured. Per element of x:"
         " instructions, cycles of the busiest pipe of one scheduler per 32 elements, bytes.",
         f"{'case':60} {'instr':>6} {'busiest':>12} {'bytes':>6} {'regs':>5} {'warps':>5}"
-        "  clones of the tensor, modelled",
+        "  half  clones of the tensor, modelled",
     ]
     for one in reports:
         pipe, cycles = max(one["cycles"].items(), key=lambda item: item[1])
         ratios = ", ".join(f"{card} {ratio:.2f}" for card, ratio in one["modelled_clones"].items())
         lines.append(
             f"{one['name']:60} {one['instructions']:6.1f} {pipe + f' {cycles:.1f}':>12}"
-            f" {one['bytes']:6.2f} {one['registers']:5} {one['warps']:5}  {ratios}"
+            f" {one['bytes']:6.2f} {one['registers']:5} {one['warps']:5}"
+            f" {one['half_filled']:5.2f}  {ratios}"
             + "".join(f"  OVER: {reason}" for reason in one["over"])
         )
     return "\n".join(lines)

@@ -54,11 +54,13 @@ class Pass:
         code: counted for one warp.
         elements: of x that one block covers.
         bytes: of DRAM traffic per element of x.
+        ptx: the PTX instructions that it was assembled from.
     """
 
     code: Code
     elements: int
     bytes: float
+    ptx: frozenset[str] = frozenset()
 
     def pipes(self, target: int) -> dict[str, float]:
         """Return cycles of one scheduler per 32 elements, by what would take them."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from bench.operands import UnavailableError, executor
 from bench.verify import check_pruned
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
-from sdgp_cusparselt.backends.plans import PlannedGemm, current_stream, plan_gemm
+from sdgp_cusparselt.backends.plans import PlannedGemm, plan_gemm
+from sdgp_cusparselt.devices import current_stream
 
 
 def need_cuda(device: torch.device) -> None:

@@ -23,7 +23,7 @@ class SDGPError(Exception):
 
 
 class NotSupportedError(SDGPError, NotImplementedError):
-    """No backend can run this problem; the message lists every backend's reasons."""
+    """A product cannot run as asked; the message lists every reason."""
 
 
 class EquivalenceError(SDGPError, ArithmeticError):
@@ -31,7 +31,7 @@ class EquivalenceError(SDGPError, ArithmeticError):
 
 
 class SDGPFallbackWarning(UserWarning):
-    """A layer runs on another backend than the one asked for; issued once per layer and reason."""
+    """A product does not run sparse; issued once a reason, for the first layer that met it."""
 
 
 class SDGPCacheWarning(UserWarning):

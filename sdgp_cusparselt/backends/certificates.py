@@ -8,17 +8,12 @@ from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.backends.plans import (
-    PlanCache,
-    PlannedGemm,
-    on_device,
-    planned_as,
-)
+from sdgp_cusparselt.backends.plans import PlanCache, PlannedGemm, planned_as
+from sdgp_cusparselt.devices import is_capturing, on_device
 from sdgp_cusparselt.equivalence import compare, exact_bound
 from sdgp_cusparselt.packing.certify import Check, certify, plan_compress
 from sdgp_cusparselt.packing.proofs import Certificate, Proofs
 from sdgp_cusparselt.packing.trials import few_integers, share_of_nonzeros, some_rows, wide_product
-from sdgp_cusparselt.recording.spans import is_capturing
 
 NOT_YET = "not proven before the graph was captured"
 

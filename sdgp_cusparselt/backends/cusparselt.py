@@ -11,13 +11,9 @@ from sdgp_cusparselt.backends.certificates import Certificates
 from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.backends.plans import (
-    STRUCTURED_MULTIPLE,
-    PlanCache,
-    current_stream,
-    on_device,
-)
+from sdgp_cusparselt.backends.plans import STRUCTURED_MULTIPLE, PlanCache
 from sdgp_cusparselt.backends.reasons import memory_reasons, pattern_reasons, size_reasons
+from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
 from sdgp_cusparselt.packing.agreement import packer_fault
 from sdgp_cusparselt.packing.pack import pack_gradient
@@ -130,7 +126,7 @@ class CusparseLtBackend:
             "tokens_per_sample": rows_per_sample,
         }
         if layout is None or packer_fault(x, **wanted) is not None:
-            pruned = _pruned(x, method, transpose, rows_per_sample)
+            pruned = pruned_operand(x, method, transpose, rows_per_sample)
             return self.compress(pruned, gemm, candidate)
         packed = pack_gradient(x, **wanted)
         operand = packed.tokens if transpose else packed.features
@@ -160,29 +156,33 @@ class CusparseLtBackend:
 
     def compress(self, pruned: Tensor, gemm: Gemm, candidate: Candidate) -> Tensor:
         """Return pruned [M, K], which is 2:4, as the library itself packs it for a plan."""
-        planned = self.plans.get(gemm, candidate)
-        missing = planned.rows - pruned.shape[0]
-        padded = torch.nn.functional.pad(pruned, (0, 0, 0, missing)) if missing else pruned
-        padded = padded.contiguous()
-        device = padded.device
+        planned, device = self.plans.get(gemm, candidate), pruned.device
         packed = torch.empty(planned.compressed_size, dtype=torch.uint8, device=device)
-        scratch = torch.empty(max(planned.buffer_size, 16), dtype=torch.uint8, device=device)
         with on_device(device):
-            planned.plan.compress(
-                padded.data_ptr(), packed.data_ptr(), scratch.data_ptr(), current_stream(device)
-            )
+            planned.compress(pruned, packed.data_ptr(), current_stream(device))
         return packed
 
 
-def _pruned(
+def pruned_operand(
     x: Tensor,
     method: str,
     transpose: bool,
     rows_per_sample: int | None,
+    n: int = 2,
+    m: int = 4,
 ) -> Tensor:
-    """Return x, or x.T, pruned 2:4 along its columns in plain torch."""
+    """Return x, or x.T, pruned along its columns in plain torch.
+
+    Args:
+        x: [M, K], or [K, M] with ``transpose``.
+        method: how to prune.
+        transpose: whether the operand is x.T.
+        rows_per_sample: rows of it over which rescaled_magnitude sums; all if None.
+        n: values kept of each group.
+        m: size of a group.
+    """
     operand = x.t().contiguous() if transpose else x
     if method != "rescaled_magnitude" or rows_per_sample is None:
-        return prune(operand, method=method)
+        return prune(operand, method=method, n=n, m=m)
     samples = operand.view(-1, rows_per_sample, operand.shape[1])
-    return prune(samples, method=method, scale_dims=(1,)).view(operand.shape)
+    return prune(samples, method=method, n=n, m=m, scale_dims=(1,)).view(operand.shape)

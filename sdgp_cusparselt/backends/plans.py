@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import pycusparselt as cslt
@@ -16,7 +15,7 @@ from pycusparselt.loader import Library
 from torch import Tensor
 
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
-from sdgp_cusparselt.recording.spans import is_capturing as is_capturing
+from sdgp_cusparselt.devices import current_stream, on_device
 
 DATA_TYPES = {torch.bfloat16: cslt.DataType.R_16BF, torch.float16: cslt.DataType.R_16F}
 
@@ -67,6 +66,18 @@ class PlannedGemm:
             current_stream(device),
         )
         return out
+
+    def compress(self, pruned: Tensor, address: int, stream: int) -> None:
+        """Write pruned [M, K], which is 2:4, at an address as the library itself packs it.
+
+        The plan's device is current; M may lack the padding.
+        """
+        missing = self.rows - pruned.shape[0]
+        padded = torch.nn.functional.pad(pruned, (0, 0, 0, missing)) if missing else pruned
+        padded = padded.contiguous()
+        size = max(self.buffer_size, 16)
+        scratch = torch.empty(size, dtype=torch.uint8, device=padded.device)
+        self.plan.compress(padded.data_ptr(), address, scratch.data_ptr(), stream)
 
     def close(self) -> None:
         """Destroy the matrices' descriptors and with them what was built on them: the plan."""
@@ -217,26 +228,3 @@ def dense_order(x: Tensor) -> Literal["row", "col"] | None:
     if x.stride() == (cols, 1):
         return "row"
     return "col" if x.stride() == (1, rows) else None
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which a CUDA device is the current one; nothing for a CPU."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def current_stream(device: torch.device) -> int:
-    """Return the current CUDA stream as an integer; 0 for a CPU."""
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
-
-
-def device_calls(device: torch.device) -> tuple[int, Callable[[], int], Callable[[], int]]:
-    """Return a device's index, what tells the current one, and what tells its current stream.
-
-    The public functions build objects at every call; these are what they ask.
-    """
-    if device.type != "cuda":
-        return 0, int, int
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return index, torch._C._cuda_getDevice, partial(torch._C._cuda_getCurrentRawStream, index)

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     if not cuda:
         output.note(
-            "No CUDA device: measuring the fallback and the emulated path on this CPU. The times "
+            "No CUDA device: measuring emulation and a stand-in library on this CPU. The times "
             "say that the code runs, nothing about speed."
         )
     with _importable(root), _cache(cuda):

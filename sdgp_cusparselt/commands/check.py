@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sdgp_cusparselt.backends.plans import on_device
 from sdgp_cusparselt.commands.arguments import device_of, integer
 from sdgp_cusparselt.commands.console import Output
+from sdgp_cusparselt.devices import on_device
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.products.selfcheck import CASES, DTYPES, WAYS, Outcome, check
 from sdgp_cusparselt.versions import versions

@@ -4,9 +4,8 @@ M, N, K name the sizes of the product at hand. For grad_input that is [M, N] = [
 M = tokens, K = out_features, N = in_features; groups of the pruned operand run along K.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,14 @@ def pruned_linear(
     dtype = casting.autocast_dtype(input)
     if dtype is not None:
         input, weight, bias = _cast(dtype, input, weight, bias)
-    return _LINEAR(input, weight, bias, *_choices(config, record))
+    output: Tensor
+    if torch.compiler.is_compiling():
+        constants = _constants(config, record)
+        output = _Linear.apply(input, weight, bias, *constants)  # type: ignore[no-untyped-call]
+    else:
+        choices = (config.prunes, config.grad_weight == "sparse", config, record)
+        output = _applied(_LinearTransformed, _APPLY_LINEAR, input, weight, bias, *choices)
+    return output
 
 
 def pruned_conv2d(
@@ -69,47 +75,38 @@ def pruned_conv2d(
     dtype = casting.autocast_dtype(input)
     if dtype is not None:
         input, weight, bias = _cast(dtype, input, weight, bias)
-    choices, geometry = _choices(config, record), ops.flat_geometry(conv)
-    return _CONV2D(input, weight, bias, *choices, *geometry)
+    output: Tensor
+    operands, geometry = (input, weight, bias), ops.flat_geometry(conv)
+    if torch.compiler.is_compiling():
+        constants = _constants(config, record)
+        output = _Conv2d.apply(*operands, *constants, *geometry)  # type: ignore[no-untyped-call]
+    else:
+        choices = (config.prunes, config.grad_weight == "sparse", config, record)
+        output = _applied(_Conv2dTransformed, _APPLY_CONV2D, *operands, *choices, *geometry)
+    return output
 
 
 def _cast(dtype: torch.dtype, *operands: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else casting.cast(x, dtype) for x in operands)
 
 
-def _choices(config: SDGPConfig, record: LayerRecord) -> tuple[bool, bool, Any, Any]:
-    """Return what backward needs of a configuration; in compiled code as constants it can carry."""
-    prunes, sparse = config.prunes, config.grad_weight == "sparse"
-    if not torch.compiler.is_compiling():
-        return prunes, sparse, config, record
+def _constants(config: SDGPConfig, record: LayerRecord) -> tuple[bool, bool, str, int]:
+    """Return what backward needs of a configuration, as constants that compiled code can carry."""
     token = record.token if config.telemetry_every else _COMPILED_TOKEN
-    return prunes, sparse, config.text, token
+    return config.prunes, config.grad_weight == "sparse", config.text, token
 
 
-class _Applied(NamedTuple):
-    """One autograd function as each of its callers needs it.
+def _applied(
+    transformed: type[Function], apply: Any, input: Tensor, weight: Tensor, *others: Any
+) -> Any:
+    """Apply an autograd function in eager mode; ``apply`` is what its ``apply`` calls at last.
 
-    Attributes:
-        compiled: for the compiler, which takes no function that has a ``jvp``.
-        transformed: the same one for ``torch.func``, with what that asks of it.
-        apply: what ``transformed.apply`` calls at last. On its way there that binds the arguments
-            through ``inspect.signature``, 15 us.
+    On its way there that binds the arguments through ``inspect.signature``, 15 us.
     """
-
-    compiled: type[Function]
-    transformed: type[Function]
-    apply: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Tensor:
-        """Apply it."""
-        output: Tensor
-        if torch.compiler.is_compiling():
-            output = self.compiled.apply(*args)  # type: ignore[no-untyped-call]
-        elif torch._C._are_functorch_transforms_active():
-            output = self.transformed.apply(*args)  # type: ignore[no-untyped-call]
-        else:
-            output = self.apply(*args)
-        return output
+    if torch._C._are_functorch_transforms_active():
+        return transformed.apply(input, weight, *others)  # type: ignore[no-untyped-call]
+    unwrap = _functorch.unwrap_if_dead  # of tensors that outlived a transform
+    return apply(unwrap(input), unwrap(weight), *others)
 
 
 class _Linear(Function):
@@ -147,6 +144,8 @@ class _Linear(Function):
 
 
 class _LinearTransformed(_Linear):
+    """With what eager mode and ``torch.func`` ask for, and the compiler takes from no function."""
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Linear.setup_context(ctx, inputs, output)
@@ -244,6 +243,8 @@ class _Conv2d(Function):
 
 
 class _Conv2dTransformed(_Conv2d):
+    """With what eager mode and ``torch.func`` ask for, and the compiler takes from no function."""
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Conv2d.setup_context(ctx, inputs, output)
@@ -360,5 +361,6 @@ def _once(ctx: Any, grad_output: Tensor, *grads: Tensor | None) -> tuple[Tensor 
     return tuple(None if g is None else next(guarded) for g in grads)
 
 
-_LINEAR = _Applied(_Linear, _LinearTransformed, super(Function, _LinearTransformed).apply)
-_CONV2D = _Applied(_Conv2d, _Conv2dTransformed, super(Function, _Conv2dTransformed).apply)
+# For ``_applied``.
+_APPLY_LINEAR = super(Function, _LinearTransformed).apply
+_APPLY_CONV2D = super(Function, _Conv2dTransformed).apply

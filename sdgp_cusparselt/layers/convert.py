@@ -230,7 +230,7 @@ def _reason_against(
         return _why_not_convertible(module)
     if config is None:
         return "left dense by its name"
-    reason = reason_against_weight(_weight(module), config)
+    reason = reason_against_weight(_weight(module), None)
     if reason is not None:
         return reason
     if filter_fn is not None:

@@ -43,7 +43,7 @@ def linear(
         [..., out_features].
 
     Raises:
-        TypeError: config is not an SDGPConfig, or an operand is complex.
+        TypeError: config is not an SDGPConfig, or it prunes and an operand is complex.
         ValueError: config has a schedule.
         NotSupportedError: where the wanted backend cannot run the product and
             ``config.on_unsupported`` is "raise".
@@ -97,7 +97,7 @@ def conv2d(
         [N, out_channels, H_out, W_out] or without N, as input.
 
     Raises:
-        TypeError: config is not an SDGPConfig, or an operand is complex.
+        TypeError: config is not an SDGPConfig, or it prunes and an operand is complex.
         ValueError: config has a schedule, padding is an unknown word, or "same" with a stride, or
             an argument has more than two numbers.
         NotSupportedError, SDGPError: as ``linear``.
@@ -128,7 +128,7 @@ def _check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> 
         fix = "Pass config.at(step); only layers that convert_ made follow a schedule."
         raise value_error(function, "config", "one without a schedule", config.describe(), fix)
     for name, operand in (("input", input), ("weight", weight)):
-        if operand.is_complex():
+        if operand.is_complex() and (config.prunes or config.grad_weight == "sparse"):
             fix = f"Use torch.nn.functional.{function}: pruning is defined for real gradients."
             raise type_error(function, name, "real", operand.dtype, fix)
 

@@ -110,12 +110,13 @@ def reason_against(input: Tensor, weight: Tensor, config: SDGPConfig) -> str | N
     return reason
 
 
-def reason_against_weight(weight: Tensor, config: SDGPConfig) -> str | None:
+def reason_against_weight(weight: Tensor, config: SDGPConfig | None) -> str | None:
     """Return why a product with this weight cannot be pruned, or None.
 
     Args:
         weight: [out_features, in_features], or of a convolution.
-        config: how it would be pruned.
+        config: how it would be pruned; None for a weight at rest, whose shards say nothing: FSDP
+            gathers them for the forward.
     """
     if not weight.is_floating_point():
         if weight.is_complex():
@@ -132,14 +133,14 @@ def reason_against_weight(weight: Tensor, config: SDGPConfig) -> str | None:
     return None
 
 
-def _reason_against_subclass(weight: Tensor, config: SDGPConfig) -> str | None:
+def _reason_against_subclass(weight: Tensor, config: SDGPConfig | None) -> str | None:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     if isinstance(weight, FakeTensor | FunctionalTensor):
         return None
     if shards.is_sharded(weight):
-        return shards.reason_against(weight, config)
+        return None if config is None else shards.reason_against(weight, config)
     return f"its weight is a {type(weight).__name__}, which only its own class can multiply"
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout, padded_shape
 from sdgp_cusparselt.packing.pack import kernel_obstacle, pack_gradient
 from sdgp_cusparselt.packing.trials import few_integers, normal, two_of_four
-from sdgp_cusparselt.recording.spans import is_capturing
 
 #: Rows and columns of the operand at most: a whole tile of every known layout and kernel.
 SIDE = 256

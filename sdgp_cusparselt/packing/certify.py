@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.packing.launch import KERNEL_DTYPES
 from sdgp_cusparselt.packing.layout import NAMED, MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.learn import Compress, learn
 from sdgp_cusparselt.packing.pack import pack_gradient
 from sdgp_cusparselt.packing.proofs import Certificate, Proofs
 from sdgp_cusparselt.packing.reading import reading_fault
 from sdgp_cusparselt.packing.trials import pruned_24, two_of_four, unpruned
+from sdgp_cusparselt.packing.variants import KERNEL_DTYPES
 
 Pack = Callable[[Tensor, MetadataLayout], Iterable[Tensor]]
 #: (packed buffer, the operand in it) -> what is wrong with its product, or None.

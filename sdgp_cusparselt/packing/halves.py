@@ -15,38 +15,20 @@ HIGH_HALVES = tl.constexpr(0x7632)
 PTX_PERMUTE = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
 PTX_ROUND_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 PTX_ROUND_FP16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
-# 0xEA is (a & b) | c: the signs of $1 on the larger amount. The product with one turns -0 to +0.
+# 0xEA is (a & b) | c: the signs of $1 on the larger amount.
 PTX_RAISE_BF16 = tl.constexpr(
-    """{ .reg .b32 a, m, one, zero;
+    """{ .reg .b32 a, m;
     cvt.rn.bf16x2.f32 a, $2, $2;
     abs.bf16x2 m, $1;
     max.NaN.bf16x2 m, m, a;
-    lop3.b32 m, $1, 0x80008000, m, 0xEA;
-    mov.b32 one, 0x3f803f80;
-    mov.b32 zero, 0;
-    fma.rn.bf16x2 $0, m, one, zero; }"""
+    lop3.b32 $0, $1, 0x80008000, m, 0xEA; }"""
 )
 PTX_RAISE_FP16 = tl.constexpr(
-    """{ .reg .b32 a, m, one, zero;
+    """{ .reg .b32 a, m;
     cvt.rn.f16x2.f32 a, $2, $2;
     abs.f16x2 m, $1;
     max.NaN.f16x2 m, m, a;
-    lop3.b32 m, $1, 0x80008000, m, 0xEA;
-    mov.b32 one, 0x3c003c00;
-    mov.b32 zero, 0;
-    fma.rn.f16x2 $0, m, one, zero; }"""
-)
-PTX_MARK_BF16 = tl.constexpr(
-    """{ .reg .b32 a, one;
-    cvt.rn.bf16x2.f32 a, $2, $2;
-    mov.b32 one, 0x3f803f80;
-    fma.rn.bf16x2 $0, $1, one, a; }"""
-)
-PTX_MARK_FP16 = tl.constexpr(
-    """{ .reg .b32 a, one;
-    cvt.rn.f16x2.f32 a, $2, $2;
-    mov.b32 one, 0x3c003c00;
-    fma.rn.f16x2 $0, $1, one, a; }"""
+    lop3.b32 $0, $1, 0x80008000, m, 0xEA; }"""
 )
 
 
@@ -124,7 +106,7 @@ def round_halves(low, high, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def raise_to(word, amount, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """sign | max(|half|, amount rounded) of both halves; +0 for -0; NaN where amount is NaN."""
+    """sign | max(|half|, amount rounded) of both halves; NaN is larger than all else."""
     if NATIVE:
         if tl.bfloat16 == DTYPE:
             return tl.inline_asm_elementwise(
@@ -138,22 +120,4 @@ def raise_to(word, amount, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
         size = _rounded(amount, DTYPE)
         low = tl.maximum(word & 0x7FFF, size)
         high = tl.maximum((word >> 16) & 0x7FFF, size)
-        raised = without_negative_zero((word & -0x7FFF8000) | low | (high << 16))
-        return tl.where(amount != amount, 0x7FFF7FFF, raised)
-
-
-@triton.jit
-def mark_overflow(word, zero_or_nan, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """Both halves with +0 for -0, or NaN in both where the second argument is NaN and not +0."""
-    if NATIVE:
-        if tl.bfloat16 == DTYPE:
-            return tl.inline_asm_elementwise(
-                PTX_MARK_BF16, "=r,r,r", [word, zero_or_nan], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                PTX_MARK_FP16, "=r,r,r", [word, zero_or_nan], dtype=tl.int32, is_pure=True, pack=1
-            )
-    else:
-        marked = without_negative_zero(word)
-        return tl.where(zero_or_nan != zero_or_nan, 0x7FFF7FFF, marked)
+        return (word & -0x7FFF8000) | low | (high << 16)

@@ -6,15 +6,10 @@ are known to be right.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,44 +18,21 @@ from sdgp_cusparselt.config.patterns import STOCHASTIC
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.packing.layout import MetadataLayout, padded_shape
 from sdgp_cusparselt.packing.packed import buffer_nbytes
-from sdgp_cusparselt.packing.variants import (
-    KERNEL_DTYPES as KERNEL_DTYPES,
-)
+from sdgp_cusparselt.packing.starting import grid_of, interpreted, prepare_kernel
 from sdgp_cusparselt.packing.variants import (
     NO_RATIO,
     RATIO_PER_BLOCK,
     RATIO_PER_ROW,
     PackVariant,
     PruneVariant,
-    SumsVariant,
     Target,
     choose_tile,
 )
 
-# Programs along the second and third axis of a grid.
-_MAX_GRID = 65535
 # Columns of an octet; its 16 bytes are what every row's start is a multiple of.
 OCTET = 8
 # The fewest bytes of a metadata region's tail that a program pads.
 _MIN_SHARE = 64
-# Of every compilation: the reference rounds after every operation, and so must the kernel.
-COMPILE_OPTIONS = {"enable_fp_fusion": False}
-
-
-@functools.cache
-def kernels() -> ModuleType | None:
-    """Return the kernel module, or None where Triton cannot be imported."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from sdgp_cusparselt.packing import kernels as module
-
-    return module
-
-
-def interpreted() -> bool:
-    """Whether the kernels were imported under Triton's interpreter, and so run on a CPU."""
-    module = kernels()
-    return module is not None and type(module.pack_kernel).__name__ == "InterpretedFunction"
 
 
 def is_aligned(x: Tensor) -> bool:
@@ -240,7 +212,7 @@ def prepare_pack(
         column_sums,
         seeds_in_memory,
     )
-    start = _prepare_kernel(
+    start = prepare_kernel(
         "pack_kernel",
         device,
         grid,
@@ -310,7 +282,7 @@ def prepare_prune(
     if not tokens:
         kind = _ratio_kind(method, rows_per_ratio, num_rows, tile.block_m)
         variant = dataclasses.replace(variant, ratio=kind)
-    start = _prepare_kernel(
+    start = prepare_kernel(
         "prune_kernel",
         device,
         grid_of(shape, tile.block_m, tile.block_k),
@@ -319,122 +291,6 @@ def prepare_prune(
         tile.num_warps,
     )
     return PreparedPrune(method in STOCHASTIC, seeds_in_memory, start)
-
-
-def launch_abs_sums(
-    x: Tensor, transpose: bool, rows_per_sample: int, n: int = 2
-) -> tuple[Tensor, Tensor]:
-    """Return sums of |x| and of the |x| that magnitude keeps, per column of the operand.
-
-    Args:
-        x: [M, width] float16|bfloat16, as ``aligned`` returns it.
-        transpose: prune along tokens and sum over features; else along features over tokens.
-        rows_per_sample: rows of x that are summed together along features.
-        n: values kept of four.
-
-    Returns:
-        two float32 [samples, width], or [M] when transposed.
-    """
-    num_rows, num_cols = x.shape
-    variant = SumsVariant(x.dtype, transpose, n)
-    tile, span = variant.tile, variant.span
-    octets, row_octets = num_cols // OCTET, x.stride(0) // OCTET
-    if transpose:
-        parts = -(-num_cols // span)
-        grid = (parts, *grid_of((num_rows, num_cols), tile.block_m, tile.block_k)[1:])
-        shape, sizes = (parts, num_rows), (num_rows, octets, row_octets, num_rows)
-    else:
-        parts, samples = -(-rows_per_sample // span), num_rows // rows_per_sample
-        grid = grid_of((samples * parts, num_cols), 1, tile.block_k)
-        shape = (grid[1] * grid[2], num_cols)
-        sizes = (rows_per_sample, octets, row_octets, parts, samples)
-    start = _prepare_sums(variant, x.device, grid, sizes)
-    total, kept = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    with on_device(x.device):
-        start(current_stream(x.device), x.data_ptr(), total.data_ptr(), kept.data_ptr())
-    if transpose:
-        return total.sum(0), kept.sum(0)
-    split = (samples, parts, num_cols)
-    return tuple(part[: samples * parts].view(split).sum(1) for part in (total, kept))
-
-
-@functools.lru_cache(maxsize=256)
-def _prepare_sums(
-    variant: SumsVariant, device: torch.device, grid: tuple[int, int, int], sizes: tuple[int, ...]
-) -> Callable[..., None]:
-    constants = variant.constants()
-    return _prepare_kernel(variant.kernel, device, grid, sizes, constants, variant.tile.num_warps)
-
-
-def grid_of(covered: tuple[int, int], block_m: int, block_k: int) -> tuple[int, int, int]:
-    """Return blocks along columns, and blocks along rows split over the two short axes.
-
-    ``kernels`` counts row blocks as z * grid[1] + y. Those beyond the last do nothing.
-    """
-    row_blocks, col_blocks = -(-covered[0] // block_m), -(-covered[1] // block_k)
-    layers = -(-row_blocks // _MAX_GRID)
-    return col_blocks, -(-row_blocks // layers), layers
-
-
-def _prepare_kernel(
-    name: str,
-    device: torch.device,
-    grid: tuple[int, int, int],
-    sizes: Sequence[int],
-    constants: Mapping[str, Any],
-    num_warps: int,
-) -> Callable[..., None]:
-    """Return start(stream, *pointers, *draws) of a kernel; the rest is folded in.
-
-    A kernel's parameters are pointers, sizes, the seed and offset if it draws, then constants.
-    """
-    module = kernels()
-    if module is None:
-        raise ModuleNotFoundError(f"{name}: needs triton. Install it, or use the reference.")
-    function = getattr(module, name)
-    types = module.POINTERS[name]
-    count, sizes, constants = len(types), tuple(sizes), dict(constants)
-    if interpreted():
-
-        def interpret(stream: int, *given: int) -> None:
-            tensors = [_tensor_at(*pair) for pair in zip(given, types, strict=False)]
-            function[grid](*tensors, *sizes, *given[count:], **constants)
-
-        return interpret
-    # Any value beyond 32 bits stands for one of 64; the sizes are never specialised.
-    wide = [1 << 40] * (len(function.arg_names) - count - len(sizes) - len(constants))
-    with on_device(device):
-        compiled = function.warmup(
-            *types, *sizes, *wide, grid=grid, num_warps=num_warps, **constants, **COMPILE_OPTIONS
-        )
-        run, handle, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    arguments = tuple(constants.values())
-
-    def start(stream: int, *given: int) -> None:
-        run(
-            *grid, stream, handle, metadata, None, None, None,
-            *given[:count], *sizes, *given[count:], *arguments,
-        )  # fmt: skip
-
-    return start
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which a CUDA device is the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def current_stream(device: torch.device) -> int:
-    """Return the handle of torch's current stream on a device, 0 where it has none."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _tensor_at(address: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor that starts at an address, for the interpreter, which asks for no more."""
-    if address == 0:
-        return torch.empty(1, dtype=dtype)
-    buffer = (ctypes.c_char * dtype.itemsize).from_address(address)
-    return torch.frombuffer(buffer, dtype=dtype)
 
 
 def _target(method: str | None, layout: MetadataLayout | None) -> Target | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdgp_cusparselt.arrays import like, to_tensor
 from sdgp_cusparselt.config.patterns import METHODS, STOCHASTIC
 from sdgp_cusparselt.errors import NotSupportedError, type_error, value_error
-from sdgp_cusparselt.packing import launch
+from sdgp_cusparselt.packing import launch, starting
 from sdgp_cusparselt.packing.layout import MetadataLayout, default_layout, padded_shape
 from sdgp_cusparselt.packing.packed import PACKED_DTYPES, Packed24, buffer_nbytes
 from sdgp_cusparselt.packing.ratios import kernel_ratio, reference_ratio
@@ -257,11 +257,11 @@ def use_kernel(x: Tensor, backend: str, layouts: list[MetadataLayout]) -> bool:
 
 def kernel_obstacle(x: Tensor, *layouts: MetadataLayout) -> str | None:
     """Return why the Triton kernel cannot pack x in these orders, or None if it can."""
-    if launch.kernels() is None:
+    if starting.kernels() is None:
         return "triton cannot be imported (pip install triton)"
     if x.dtype not in KERNEL_DTYPES:
         return f"x is {x.dtype}, and the kernel moves float16 and bfloat16"
-    if x.is_cuda == launch.interpreted():
+    if x.is_cuda == starting.interpreted():
         if x.is_cuda:
             return "TRITON_INTERPRET is set, so kernels run on the CPU"
         return f"x is on {x.device}, and the kernel runs on a CUDA GPU"
@@ -309,14 +309,14 @@ def _by_kernel(
     if prepared.sums_shape is not None:
         sums = torch.empty(prepared.sums_shape, dtype=torch.float32, device=x.device)
     seed, offset = (0, 0) if isinstance(seeds, Tensor) else seeds
-    with launch.on_device(x.device):
+    with starting.on_device(x.device):
         prepared(
             read.data_ptr(),
             _address(buffers.get(False)),
             _address(buffers.get(True)),
             seed,
             offset,
-            launch.current_stream(x.device),
+            starting.current_stream(x.device),
             seeds=_address(seeds) if isinstance(seeds, Tensor) else 0,
             features_ratio=_address(ratios.get(False)),
             tokens_ratio=_address(ratios.get(True)),

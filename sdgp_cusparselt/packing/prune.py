@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.config.patterns import STOCHASTIC
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.packing import launch
+from sdgp_cusparselt.packing import launch, starting
 from sdgp_cusparselt.packing.layout import default_layout, padded_shape
 from sdgp_cusparselt.packing.pack import check_matrix, checked_samples, use_kernel
 from sdgp_cusparselt.packing.ratios import kernel_ratio, reference_ratio
@@ -85,13 +85,13 @@ def _by_kernel(
         ratio = kernel_ratio(read, along_tokens, per_sample, n)
     out = torch.empty(read.shape, dtype=x.dtype, device=x.device)
     seed, offset = (0, 0) if isinstance(seeds, Tensor) else seeds
-    with launch.on_device(x.device):
+    with starting.on_device(x.device):
         prepared(
             read.data_ptr(),
             out.data_ptr(),
             seed,
             offset,
-            launch.current_stream(x.device),
+            starting.current_stream(x.device),
             seeds=seeds.data_ptr() if isinstance(seeds, Tensor) else 0,
             ratio=0 if ratio is None else ratio.data_ptr(),
         )
@@ -105,9 +105,10 @@ def _by_reference(
     ratio = None
     if method == "rescaled_magnitude":
         ratio = reference_ratio(operand, operand.shape[0] if along_tokens else per_sample, n)
+    rows, cols = operand.shape
     packed = pack_operand(
         operand,
-        default_layout(*padded_shape(*operand.shape, x.dtype), x.dtype),
+        default_layout(*padded_shape(rows, cols, x.dtype), x.dtype),
         method=method,
         n=n,
         ratio=ratio,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.packing.launch import launch_abs_sums
+from sdgp_cusparselt.packing.launch import OCTET
 from sdgp_cusparselt.packing.reference import keep_one, keep_two
+from sdgp_cusparselt.packing.starting import current_stream, grid_of, on_device, prepare_kernel
+from sdgp_cusparselt.packing.variants import SumsVariant
 
 
 def kernel_ratio(x: Tensor, transposed: bool, per_sample: int, n: int = 2) -> Tensor:
@@ -21,7 +26,51 @@ def kernel_ratio(x: Tensor, transposed: bool, per_sample: int, n: int = 2) -> Te
     Returns:
         float32 [samples, width] along features, or [M] along tokens.
     """
-    return safe_ratio(*launch_abs_sums(x, transposed, per_sample, n))
+    return safe_ratio(*abs_sums(x, transposed, per_sample, n))
+
+
+def abs_sums(x: Tensor, transpose: bool, rows_per_sample: int, n: int = 2) -> tuple[Tensor, Tensor]:
+    """Return sums of |x| and of the |x| that magnitude keeps, per column of the operand.
+
+    Args:
+        x: [M, width] float16|bfloat16, as ``aligned`` returns it.
+        transpose: prune along tokens and sum over features; else along features over tokens.
+        rows_per_sample: rows of x that are summed together along features.
+        n: values kept of four.
+
+    Returns:
+        two float32 [samples, width], or [M] when transposed.
+    """
+    num_rows, num_cols = x.shape
+    variant = SumsVariant(x.dtype, transpose, n)
+    tile, span = variant.tile, variant.span
+    octets, row_octets = num_cols // OCTET, x.stride(0) // OCTET
+    sizes: tuple[int, ...]
+    if transpose:
+        parts = -(-num_cols // span)
+        grid = (parts, *grid_of((num_rows, num_cols), tile.block_m, tile.block_k)[1:])
+        shape, sizes = (parts, num_rows), (num_rows, octets, row_octets, num_rows)
+    else:
+        parts, samples = -(-rows_per_sample // span), num_rows // rows_per_sample
+        grid = grid_of((samples * parts, num_cols), 1, tile.block_k)
+        shape = (grid[1] * grid[2], num_cols)
+        sizes = (rows_per_sample, octets, row_octets, parts, samples)
+    start = _prepare_sums(variant, x.device, grid, sizes)
+    total, kept = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    with on_device(x.device):
+        start(current_stream(x.device), x.data_ptr(), total.data_ptr(), kept.data_ptr())
+    if transpose:
+        return total.sum(0), kept.sum(0)
+    split, used = (samples, parts, num_cols), samples * parts
+    return total[:used].view(split).sum(1), kept[:used].view(split).sum(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare_sums(
+    variant: SumsVariant, device: torch.device, grid: tuple[int, int, int], sizes: tuple[int, ...]
+) -> Callable[..., None]:
+    constants = variant.constants()
+    return prepare_kernel(variant.kernel, device, grid, sizes, constants, variant.tile.num_warps)
 
 
 def reference_ratio(operand: Tensor, per_sample: int, n: int = 2) -> Tensor:

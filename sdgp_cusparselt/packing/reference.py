@@ -1,10 +1,10 @@
 """Pack and unpack in plain torch: the truth for every kernel, and what runs without one.
 
 Everything happens on the bits: a kept element is never rounded or compared as a float unless its
-method says so, and -0.0 becomes +0.0. A group has two increasing indices whatever it holds. Where
-a ranking finds fewer than two non-zeros they are the library's: x000 -> (0, 3), 0x00 -> (1, 3),
-everything else (2, 3). Under random and mvue a group that holds an Inf or a NaN, or whose sum
-overflows float32, becomes NaN, so that the overflow stays visible.
+method says so. A group has two increasing indices whatever it holds. Where a ranking finds fewer
+than two non-zeros they are the library's: x000 -> (0, 3), 0x00 -> (1, 3), everything else (2, 3);
+and -0.0 becomes +0.0. Under random and mvue, which keep the sign of a zero, a group that holds an
+Inf or a NaN, or whose sum overflows float32, becomes NaN, so that the overflow stays visible.
 """
 
 from __future__ import annotations
@@ -133,30 +133,29 @@ def _draw(
 ) -> None:
     """Write what random or mvue keeps of each group, and where it stood."""
     sizes = tuple(member.view(dtype).to(torch.float32).abs() for member in x)
-    bits = group_bits(*x[0].shape, first_row, draws.seeds, draws.stream)
+    rows, groups = x[0].shape
+    bits = group_bits(rows, groups, first_row, draws.seeds, draws.stream)
     if method == "mvue":
         chosen, worth, total = (mvue_two if n == 2 else mvue_one)(sizes, bits)
-        amount = magnitude_keys(rounded(worth, dtype), dtype)
+        # NaN if any of the four is Inf or NaN.
+        amount = magnitude_keys(rounded(worth + total * 0.0, dtype), dtype)
+        kept = [_worth(member, amount, dtype) for member in chosen.of(x)]
     else:
         chosen = (random_pair if n == 2 else random_one)(bits)
-        amount = torch.zeros_like(x[0])
         total = (sizes[0] + sizes[1]) + (sizes[2] + sizes[3])
-    # +0, or NaN if any of the four is Inf or NaN.
-    visible = total * 0.0
-    for slot, member in enumerate(chosen.of(x)):
-        values[..., slot] = _worth(member, amount, visible, dtype)
+        kept = list(chosen.of(x))
+        if dtype != torch.int8:
+            kept = [member | rounded(total * 0.0, dtype) for member in kept]
+    for slot, member in enumerate(kept):
+        values[..., slot] = member
     _blank_second(chosen, values)
     nibbles.copy_(chosen.nibbles())
 
 
-def _worth(member: Tensor, amount: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return sign | max(|member|, amount), +0 for zero, NaN where something overflowed."""
-    size = torch.maximum(magnitude_keys(member, dtype), amount)
-    if dtype == torch.int8:  # two's complement: no sign to put on a size, and no amount
-        return member
+def _worth(member: Tensor, amount: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return sign | max(|member|, amount), where NaN is the largest amount."""
     sign = -0x80 if dtype.itemsize == 1 else -0x8000
-    worth = torch.where(size == 0, 0, size | member & sign)
-    return torch.where(visible.isnan(), _NAN[dtype.itemsize], worth).to(member.dtype)
+    return torch.maximum(magnitude_keys(member, dtype), amount) | member & sign
 
 
 def _blank_second(chosen: Chosen, values: Tensor) -> None:

@@ -60,7 +60,8 @@ def place_words(quads: Tensor, octets: Tensor, seeds: Tensor, stream: int) -> Te
             counter of torch's own kernels is.
     """
     key, offset = seeds[0], seeds[1]
-    c0, c1 = torch.broadcast_tensors(octets[None, :], quads[:, None])
+    shape = (len(quads), len(octets))
+    c0, c1 = octets[None, :].expand(shape), quads[:, None].expand(shape)
     top = (offset >> 32 & 0x3FFFFFFF) | (2 + stream) << 30
     counter = (c0, c1, (offset & _LOW).expand_as(c0), top.expand_as(c0))
     return torch.stack(philox(counter, (key & _LOW, key >> 32 & _LOW)), -1)
@@ -151,7 +152,9 @@ def mvue_two(sizes: Four, bits: Tensor) -> tuple[Chosen, Tensor, Tensor]:
     than h, at most T: to say which member holds one, no stretch need be cut to T. That two are
     kept, and never three, follows from the comparisons alone, whatever their operands were
     rounded to: the second is 1 only if the first is 0, is 2 only if the first is 0 or 1, and else
-    is 3. A point is 16 bits and a half, so that it lies on no border of stretches.
+    is 3. No member that is zero is taken for one that is not: a point is 16 bits and a half, so
+    that it lies on no border of the line, and where h was rounded up past a3 next to a member 2
+    of length zero, that member is passed over.
 
     Args:
         sizes: |x| of the four members, float32.
@@ -171,7 +174,7 @@ def mvue_two(sizes: Four, bits: Tensor) -> tuple[Chosen, Tensor, Tensor]:
     behind = half - before
     is_0, below_2 = before < a0, before < left_two
     second_is_1 = (behind > right_two) & is_0
-    second_is_2 = (behind > a3) & below_2 & ~second_is_1
+    second_is_2 = (behind > a3) & below_2 & (a2 > 0) & ~second_is_1
     return Chosen(is_0, below_2 & ~is_0, second_is_1, second_is_2), half, total
 
 

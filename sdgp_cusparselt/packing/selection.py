@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from sdgp_cusparselt.packing.halves import (
-    mark_overflow,
     permute,
     raise_to,
+    round_halves,
     sizes_of,
     without_negative_zero,
 )
@@ -114,7 +114,7 @@ def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr):
         is0, below2 = before < a0, before < left_two
         left = tl.where(is0, FIRST_IS_0, tl.where(below2, FIRST_IS_1, FIRST_IS_2))
         second_is_1 = (behind > right_two) & is0
-        second_is_2 = (behind > a3) & below2
+        second_is_2 = (behind > a3) & below2 & (a2 > 0)
         right = tl.where(second_is_1, SECOND_IS_1, tl.where(second_is_2, SECOND_IS_2, SECOND_IS_3))
         return left | right, is0, half, total
 
@@ -159,7 +159,7 @@ def choose(
             selector, first = _at_random(word, N)
             kept = permute(low, high, selector, NATIVE)
             total = (a0 + a1) + (a2 + a3)
-            values = mark_overflow(kept, total * 0.0, DTYPE, NATIVE)
+            values = kept | round_halves(total * 0.0, total * 0.0, DTYPE, NATIVE)
         if N == 1:
             values &= tl.where(first, 0xFFFF, -0x10000)
     return values, selector

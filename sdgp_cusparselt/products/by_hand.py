@@ -16,10 +16,9 @@ from sdgp_cusparselt.backends.plans import (
     DENSE_MULTIPLE,
     STRUCTURED_MULTIPLE,
     dense_order,
-    is_capturing,
-    on_device,
 )
 from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.devices import is_capturing, on_device
 from sdgp_cusparselt.errors import NotSupportedError, value_error
 from sdgp_cusparselt.packing import MetadataLayout, Packed24
 from sdgp_cusparselt.products import routes

@@ -1,15 +1,15 @@
 """Run a product by the call that was prepared for its like; prepare it where there is none."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import ConvGeometry, method_of
-from sdgp_cusparselt.backends.plans import is_capturing
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.config.patterns import STOCHASTIC
+from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import CusparseLtError, EquivalenceError, PlanStateError
 from sdgp_cusparselt.products import announce, prepared
 from sdgp_cusparselt.products.checks import fault
@@ -166,36 +166,38 @@ def _watched(
         gemm, method, transpose, rival = call.asked
         recorder.note(gemm, method=method, transpose=transpose, rival=rival)
     product, samples, due = operands.product, record.samples, config.check_every
+    device, holds = operands.grad_output.device, True
     if due and call.sparse is not None and record.calls[call.counted] % due == 0:
-        _check(call.sparse, operands, config, record)
-    device = operands.grad_output.device
-    if not samples.due(product, config.telemetry_every, device):
+        holds = _holds(call.sparse, operands, config, record)
+    if not holds or not samples.due(product, config.telemetry_every, device):
         return run(operands, config, record, unwatched=True)
     plain = call.way == "plain"
     if not plain:
         draws = samples.draws if method_of(product, config) in STOCHASTIC else 1
         pruned = partial(operands.pruned, config)
         sample_gradient(samples, product, operands.grad_output, pruned, draws=draws)
-    with sampling(samples, product), span("total", device):
-        # The other ways time their own parts.
-        with span("dense", device) if plain else nullcontext():
-            return run(operands, config, record, unwatched=True)
+    whole, parts = sampling(samples, product), ("total", "dense") if plain else ("total",)
+    with whole, ExitStack() as stack:  # the other ways time their own parts
+        for part in parts:
+            stack.enter_context(span(part, device))
+        return run(operands, config, record, unwatched=True)
 
 
-def _check(
+def _holds(
     sparse: SparseProduct, operands: Operands, config: SDGPConfig, record: LayerRecord
-) -> None:
+) -> bool:
     """Check a sparse product against the dense one; where it fails, bar the layer from it.
 
     Raises:
         EquivalenceError: it failed, and going another way is forbidden.
     """
     if is_capturing(operands.grad_output.device):
-        return
+        return True
     found = fault(sparse, operands)
     if found is None:
-        return
+        return True
     reason = f"it failed a check against dense: {found}"
     record.broken[operands.product] = reason
     if config.on_unsupported == "raise":
         raise EquivalenceError(f"{record.name}: {operands.product} is not used: {reason}")
+    return False

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdgp_cusparselt.backends.plans import PlannedGemm
 from sdgp_cusparselt.config.patterns import STOCHASTIC
 from sdgp_cusparselt.packing.agreement import packer_fault
-from sdgp_cusparselt.packing.launch import PreparedPack, aligned, is_aligned, prepare_pack
+from sdgp_cusparselt.packing.launch import OCTET, PreparedPack, aligned, is_aligned, prepare_pack
 from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.pack import kernel_obstacle
 from sdgp_cusparselt.packing.packed import buffer_nbytes
@@ -79,9 +79,9 @@ class Wanted:
 def packer_for(x: Tensor, wanted: Wanted) -> Packer | None:
     """Return what packs x: the kernel on a GPU, the reference on a CPU; None if it must not."""
     layouts = [one for one in (wanted.features_layout, wanted.tokens_layout) if one is not None]
-    if not x.is_cuda:
-        return ReferencePacker(x, wanted)
-    fault = kernel_obstacle(x, *layouts) or packer_fault(
+    if x.is_cuda and kernel_obstacle(x, *layouts) is not None:
+        return None
+    fault = packer_fault(
         x,
         features=wanted.features,
         tokens=wanted.tokens,
@@ -89,7 +89,9 @@ def packer_for(x: Tensor, wanted: Wanted) -> Packer | None:
         tokens_layout=wanted.tokens_layout,
         tokens_per_sample=wanted.rows_per_sample,
     )
-    return KernelPacker(x, wanted) if fault is None else None
+    if fault is not None:
+        return None
+    return KernelPacker(x, wanted) if x.is_cuda else ReferencePacker(x, wanted)
 
 
 class KernelPacker:
@@ -130,9 +132,10 @@ class KernelPacker:
 
     def _prepare(self, x: Tensor, in_memory: bool) -> PreparedPack:
         wanted = self.wanted
+        # A copy that is made to be aligned has rows of whole octets.
         return prepare_pack(
             self.shape,
-            aligned(x).stride(0),
+            x.stride(0) if is_aligned(x) else -(-self.shape[1] // OCTET) * OCTET,
             x.dtype,
             x.device,
             features=wanted.features,
@@ -214,32 +217,19 @@ class LibraryPacker:
     """The library's own Compress, after pruning in plain torch: where no order of ours is proven.
 
     Args:
-        x: [M, K] of the first call.
         planned: the plan whose operand it packs.
-        transposed: whether that is x.T.
-        prune: (gradient) -> it, pruned as the product prunes it.
+        prune: (gradient) -> the operand [M, K], pruned.
     """
 
     tokens_at = 0
 
-    def __init__(
-        self,
-        planned: PlannedGemm,
-        transposed: bool,
-        prune: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.planned, self.transposed, self.prune = planned, transposed, prune
+    def __init__(self, planned: PlannedGemm, prune: Callable[[Tensor], Tensor]) -> None:
+        self.planned, self.prune = planned, prune
         self.nbytes = planned.compressed_size
 
     def __call__(self, x: Tensor, address: int, stream: int) -> None:
         """Write the operand of x at an address."""
-        pruned = self.prune(x)
-        operand = pruned.t() if self.transposed else pruned
-        missing = self.planned.rows - operand.shape[0]
-        padded = torch.nn.functional.pad(operand, (0, 0, 0, missing)).contiguous()
-        size = max(self.planned.buffer_size, 16)
-        scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-        self.planned.plan.compress(padded.data_ptr(), address, scratch.data_ptr(), stream)
+        self.planned.compress(self.prune(x), address, stream)
 
 
 def slots(nbytes: int) -> int:

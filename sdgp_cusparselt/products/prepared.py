@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from sdgp_cusparselt.backends.base import Product, Way
-from sdgp_cusparselt.backends.plans import is_capturing
 from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.products.announce import announce, announce_machine
@@ -131,7 +131,7 @@ def prepare_both(
 def bar(key: Key, error: Exception) -> None:
     """Let no call of a kind run sparse again in this process."""
     (reason,) = routes.refused_by(SDGPConfig(), error).reasons
-    _barred[key] = f"it failed while it ran: {reason}"
+    _keep(_barred, key, f"it failed while it ran: {reason}")
     drop(key)
 
 
@@ -145,7 +145,7 @@ def plain_call(layer_key: Key) -> PreparedCall | None:
     """Return the call that is known to run plain, or None: also where its reasons are due again."""
     call = _plain.get(layer_key)
     if call is not None and call.uses < 1:
-        del _plain[layer_key]
+        _plain.pop(layer_key, None)
         return None
     return call
 
@@ -181,8 +181,8 @@ def _call(
 
 def _keep(kept: dict[Key, T], key: Key, value: T) -> None:
     kept.pop(key, None)
-    while len(kept) >= LIMIT:
-        kept.pop(next(iter(kept)), None)
+    for oldest in list(kept)[: max(0, len(kept) - LIMIT + 1)]:  # other threads may drop it first
+        kept.pop(oldest, None)
     kept[key] = value
 
 

@@ -12,9 +12,9 @@ import torch
 from sdgp_cusparselt.backends.base import Problem, Way
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate
-from sdgp_cusparselt.backends.plans import is_capturing
 from sdgp_cusparselt.backends.reasons import memory_reasons, pattern_reasons, size_reasons
 from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import CusparseLtError, NotSupportedError
 from sdgp_cusparselt.products.operands import Operands
 from sdgp_cusparselt.tuning import decision_for

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sdgp_cusparselt.backends import emulation
-from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
+from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend, pruned_operand
 from sdgp_cusparselt.backends.gemm import Candidate
-from sdgp_cusparselt.backends.plans import device_calls
 from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.devices import device_calls
+from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight, Operands
 from sdgp_cusparselt.products.packers import (
     KernelPacker,
@@ -22,7 +23,6 @@ from sdgp_cusparselt.products.packers import (
     packer_for,
     slots,
 )
-from sdgp_cusparselt.pruning.methods import prune
 from sdgp_cusparselt.recording.spans import is_traced, span
 
 Reads = Callable[[Operands], tuple[Tensor, Tensor]]
@@ -54,7 +54,10 @@ class SparseProduct:
         self.config, self.library, self.gemm, self.candidate = config, library, gemm, candidate
         self.planned = library.plans.get(gemm, candidate)
         self.tail = problem.k - gemm.k
-        self.wanted = self._wanted(operands, problem.method)
+        #: Rows of the gradient that are packed: grad_weight's tokens come in multiples of 16.
+        self.rows = gemm.k if operands.product == "grad_weight" else None
+        self.method = problem.method
+        self.wanted = self._wanted(operands)
         self.pack = self._packer(operands)
         self.reads = self._reads(operands)
         self.matmul = self.planned.plan.matmul
@@ -95,44 +98,35 @@ class SparseProduct:
             self._add_tail(out, operands)
         return out if self.exact else operands.finish(out[: self.gemm.m])
 
-    def _wanted(self, operands: Operands, method: str) -> Wanted | None:
+    def _wanted(self, operands: Operands) -> Wanted | None:
         """Return what our packer is asked for, or None where its order is not proven."""
         layout = self.library.certificate(self.gemm, self.candidate).layout
         if layout is None:
             return None
         common = (self.config.n, operands.rows_per_sample)
-        if operands.product == "grad_weight":
-            return Wanted(*common, tokens=method, tokens_layout=layout)
-        return Wanted(*common, features=method, features_layout=layout)
+        if self.rows is not None:
+            return Wanted(*common, tokens=self.method, tokens_layout=layout)
+        return Wanted(*common, features=self.method, features_layout=layout)
 
     def _packer(self, operands: Operands) -> Packer:
-        rows = self.gemm.k if operands.product == "grad_weight" else None
-        left, _ = _matrices(operands, rows)
+        left, _ = _matrices(operands, self.rows)
         found = None if self.wanted is None else packer_for(left, self.wanted)
-        if found is None:
-            self.wanted = None
-            return LibraryPacker(self.planned, rows is not None, self._prune(operands))
-        return found
-
-    def _prune(self, operands: Operands) -> Callable[[Tensor], Tensor]:
-        """Return what prunes a matrix as this product prunes its gradient, in plain torch."""
-        config, samples = self.config, operands.rows_per_sample
-        if operands.product == "grad_weight":
-            return partial(emulation.prune_tokens, config=config)
-        if config.prune != "rescaled_magnitude":
-            return partial(emulation.prune_features, config=config)
-
-        def rescaled(x: Tensor) -> Tensor:
-            rows = x.view(-1, samples, x.shape[1])
-            pruned = prune(rows, method=config.prune, n=config.n, m=config.m, scale_dims=(1,))
-            return pruned.view(x.shape)
-
-        return rescaled
+        if found is not None:
+            return found
+        self.wanted = None
+        prune = partial(
+            pruned_operand,
+            method=self.method,
+            transpose=self.rows is not None,
+            rows_per_sample=operands.rows_per_sample if self.rows is None else None,
+            n=self.config.n,
+            m=self.config.m,
+        )
+        return LibraryPacker(self.planned, prune)
 
     def _reads(self, operands: Operands) -> Reads:
         """Return what gives the packer and the library their memory."""
-        rows = self.gemm.k if operands.product == "grad_weight" else None
-        reads: Reads = partial(_matrices, rows=rows)
+        reads: Reads = partial(_matrices, rows=self.rows)
         if not isinstance(self.pack, KernelPacker) or not self.pack.by_address:
             return reads
         direct: Reads = attrgetter(*operands.memory)
@@ -225,8 +219,11 @@ def sparse_product(
     """Return one product by the sparse way, whatever tuning would say.
 
     Raises:
+        NotSupportedError: it breaks a rule; every one is named.
         CusparseLtError: the library refused.
     """
+    if reasons := library.not_supported_reasons(operands.problem(config)):
+        raise NotSupportedError(f"sparse_product: {'; '.join(reasons)}")
     return SparseProduct(operands, config, library, candidate)(operands)
 
 

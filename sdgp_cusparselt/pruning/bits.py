@@ -20,8 +20,7 @@ FLOAT_DTYPES = (
     torch.float8_e5m2,
     *FNUZ,
 )
-# dtype -> the magnitude_bits of its largest finite number: Inf and NaN alone lie above. int8 is for
-# packing, where it is a dtype without either.
+# dtype -> the magnitude_bits of its largest finite number: Inf and NaN alone lie above.
 _LARGEST_FINITE = {
     torch.float64: 0x7FEF_FFFF_FFFF_FFFF,
     torch.float32: 0x7F7F_FFFF,
@@ -30,7 +29,6 @@ _LARGEST_FINITE = {
     torch.float8_e4m3fn: 0x7E,
     torch.float8_e5m2: 0x7B,
     **dict.fromkeys(FNUZ, 0x7F),
-    torch.int8: 0x80,
 }
 
 

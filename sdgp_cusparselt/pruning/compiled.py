@@ -17,23 +17,13 @@ Pruned = Callable[[Tensor], Tensor]
 #: What torch.compile generates code with.
 BACKEND = "inductor"
 
-_compiled: dict[tuple[object, ...], Pruned] = {}
-_failure: list[str] = []
-
-
-def obstacle(x: Tensor) -> str | None:
-    """Return why x is not pruned by compiled code now, or None if it is."""
-    if _failure:
-        return _failure[0]
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being captured, where nothing is compiled"
-    return None
+_compiled: dict[tuple[object, ...], Pruned | str] = {}
 
 
 def prune_compiled(
     x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: tuple[int, ...] | None = None
-) -> Tensor:
-    """Return ``prune`` of x by compiled code, or by plain torch where there is an ``obstacle``.
+) -> tuple[Tensor, str | None]:
+    """Prune by compiled code, or in plain torch where that is not to be had.
 
     Args:
         x: [...] any float dtype. Eager callers only.
@@ -44,25 +34,35 @@ def prune_compiled(
         scale_dims: dimensions that rescaled_magnitude sums over.
 
     Returns:
-        Tensor like x. After a failure to compile, ``obstacle`` names it, and so it does for every
-        later call.
+        Tensor like x, and why it was plain torch that pruned it; None if it was compiled code.
     """
-    if obstacle(x) is None:
+    key = (method, n, m, x.dtype, x.ndim, dim % x.ndim, scale_dims)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        reason = "a CUDA graph is being captured, where nothing is compiled"
+        return _plain(x, method, n, m, dim, scale_dims), reason
+    if key not in _compiled:
+        _compiled[key] = _function(method, n, m, dim, scale_dims)
+    function = _compiled[key]
+    if not isinstance(function, str):
         from torch._dynamo.exc import TorchDynamoException  # seconds to import
 
-        key = (method, n, m, x.dtype, x.ndim, dim % x.ndim, scale_dims)
-        if key not in _compiled:
-            _compiled[key] = _function(method, n, m, dim, scale_dims)
         try:
-            return _compiled[key](x)
+            return function(x), None
         except TorchDynamoException as error:
-            _failure.append(f"torch.compile failed: {str(error).strip().splitlines()[0]}")
+            text = " ".join(str(error).split())[:200]
+            function = _compiled[key] = f"torch.compile failed: {text}"
+    return _plain(x, method, n, m, dim, scale_dims), function
+
+
+def _plain(
+    x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: tuple[int, ...] | None
+) -> Tensor:
     return prune(x, method=method, n=n, m=m, dim=dim, scale_dims=scale_dims)
 
 
 def _function(method: str, n: int, m: int, dim: int, scale_dims: tuple[int, ...] | None) -> Pruned:
     def pruned(x: Tensor) -> Tensor:
-        return prune(x, method=method, n=n, m=m, dim=dim, scale_dims=scale_dims)
+        return _plain(x, method, n, m, dim, scale_dims)
 
     # torch.compile counts what it compiled per code object, and gives up after some: each function
     # gets one of its own.

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sdgp_cusparselt.pruning import fours, plain
 from sdgp_cusparselt.pruning.bits import BITS
+from sdgp_cusparselt.pruning.eager import is_plain
 
 #: Elements at a time of what has no way of its own: its temporaries are some bytes an element each.
 PLAIN_ELEMENTS = 1 << 14
@@ -21,10 +21,10 @@ _RANKED_DTYPES = (*_DRAWN_DTYPES, torch.float64, torch.float8_e4m3fn, torch.floa
 
 
 def takes(groups: Tensor, at: int, method: str, n: int) -> bool:
-    """Whether ``prune_fours`` has a way for these groups: plain tensors on a CPU, run eagerly.
+    """Whether ``prune_fours`` has a way for these groups, of a plain tensor on a CPU.
 
-    Scratch is written in place and read back: to a tracer, a subclass or a mode that watches
-    operations it would be a constant, or state that leaks from one call into the next.
+    Scratch is written in place and read back: to whatever watches operations it would be a
+    constant, or state that leaks from one call into the next.
     """
     dtypes = _RANKED_DTYPES if method == "magnitude" else _DRAWN_DTYPES
     return (
@@ -51,17 +51,7 @@ def prune_plainly(
 
 
 def _eager(x: Tensor) -> bool:
-    """Whether x is a plain tensor on a CPU, and nothing watches what is done with it."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and not (
-            torch.compiler.is_compiling()
-            or torch._C._is_tracing()
-            or is_in_torch_dispatch_mode()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-        )
-    )
+    return x.device.type == "cpu" and is_plain(x)
 
 
 def prune_fours(

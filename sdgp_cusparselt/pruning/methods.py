@@ -1,9 +1,14 @@
-"""N:M pruning in plain torch: the truth that every kernel is tested against.
+"""N:M pruning on any device: the truth that every kernel is tested against.
 
 A group is m consecutive elements along ``dim``; a short last group behaves as if padded with
 zeros. Magnitudes are compared as bits with the sign cleared, so NaN > Inf > finite, and on a tie
 the lowest index wins. What is not kept becomes +0.0. A group that holds an Inf or a NaN is pruned
 by magnitude under every method, so that an overflow stays visible.
+
+mvue keeps exactly n of m, or what is not zero where that is less. The sums of rescaled_magnitude
+are taken in float64, which for float32 and smaller numbers leaves nothing of their order, of blocks
+or of threads once their ratio is rounded to float32 (see ``sums``). Every method runs in torch's
+deterministic mode on every device: no sum whose order is left open, no running sum of floats.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +36,7 @@ def prune(
     """Keep at most n of every m consecutive elements of x along dim; the rest becomes zero.
 
     magnitude:          y = x where |x| is among the n largest of its group, else 0
-    rescaled_magnitude: y * sum|x| / sum|y|, sums over ``scale_dims``
+    rescaled_magnitude: y * sum|x| / sum|y|, float64 sums over ``scale_dims``
     random:             a uniform subset of n per group, values as they are
     mvue:               y[i] = x[i] / p[i] with probability p[i] = min(1, c * abs(x[i])), sum p = n
 
@@ -106,8 +111,8 @@ def default_scale_dims(ndim: int, dim: int) -> list[int]:
 def _on_groups(x: Tensor, m: int, dim: int, fn: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Apply fn(groups, at) to x seen as [..., G, m, ...] with m at ``at``; keep x's strides."""
     order = _memory_order(x)
-    inverse = [order.index(d) for d in range(x.ndim)]
-    physical, at = x.permute(order).contiguous(), order.index(dim)
+    in_order = order == list(range(x.ndim))
+    physical, at = (x if in_order else x.permute(order)).contiguous(), order.index(dim)
     size = physical.shape[at]
     missing = -size % m
     if missing:
@@ -118,7 +123,7 @@ def _on_groups(x: Tensor, m: int, dim: int, fn: Callable[[Tensor, int], Tensor])
     out = fn(groups, at + 1).flatten(at, at + 1)
     if missing:
         out = out.narrow(at, 0, size).contiguous()
-    return out.permute(inverse)
+    return out if in_order else out.permute([order.index(d) for d in range(x.ndim)])
 
 
 def _memory_order(x: Tensor) -> list[int]:

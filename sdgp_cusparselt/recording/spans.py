@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdgp_cusparselt.devices import is_capturing
+
 #: Samples kept of each kind: the most recent ones.
 KEPT = 256
 
@@ -295,11 +297,6 @@ def _started(cuda: bool) -> Callable[[], Reading]:
 
 def _cuda_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is being recorded into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

@@ -8,14 +8,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.backends import certificates, cusparselt, plans
+from sdgp_cusparselt.backends import certificates, plans
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.errors import CusparseLtError
 from sdgp_cusparselt.packing import certify, trials
-from sdgp_cusparselt.products import routes
-from sdgp_cusparselt.products.operands import LinearGradInput
+from sdgp_cusparselt.products import dispatch, packers, routes
+from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight
 from sdgp_cusparselt.products.sparse import sparse_product
+from sdgp_cusparselt.recording.records import LayerRecord
 from sdgp_cusparselt.tuning import proof
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product, oracle_magnitude
@@ -146,18 +147,28 @@ def test_nothing_is_proven_under_capture(
 def test_a_kernel_that_disagrees_is_not_used(
     backend: CusparseLtBackend, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, compared: bool
 ) -> None:
+    asked = []
+
     def fault(x: Tensor, **wanted: object) -> str | None:
-        assert (wanted["features"], wanted["tokens"]) == ("magnitude", None)
+        asked.append((wanted["features"], wanted["tokens"]))
         return None if compared else "it differs in 3 bytes"
 
-    monkeypatch.setattr(cusparselt, "packer_fault", fault)
-    gemm, x = Gemm(64, 16, 32, BF16, "row", CPU), torch.randn(64, 32).bfloat16()
-    backend.pack(x, gemm, Candidate(0), method="magnitude")
+    monkeypatch.setattr(packers, "packer_fault", fault)
+    monkeypatch.setattr(routes, "LIBRARY", backend)
+    config = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude", tune="never")
+    grad_output, weight = torch.randn(64, 32).bfloat16(), torch.randn(32, 16).bfloat16()
+    input = torch.randn(64, 16).bfloat16()
+    first, second = LinearGradInput(grad_output, weight), LinearGradWeight(grad_output, input)
+    record = LayerRecord("here")
+    for _ in range(2):
+        dispatch.run_both(first, second, config, record)
     before = emulator.calls("cusparseLtSpMMACompress")
-    packed, weight = backend.pack(x, gemm, Candidate(0), method="magnitude"), torch.randn(32, 16)
-    assert emulator.calls("cusparseLtSpMMACompress") - before == (0 if compared else 1)
-    result = backend.matmul(packed, weight.bfloat16(), gemm, Candidate(0))
-    assert_product(result, oracle_magnitude(x, 2, 4, 1), weight.bfloat16())
+    for_input, for_weight = dispatch.run_both(first, second, config, record)
+    used = emulator.calls("cusparseLtSpMMACompress") - before
+    assert used == (0 if compared else 2)
+    assert (("magnitude", "magnitude") in asked) == compared
+    assert_product(for_input, oracle_magnitude(grad_output, 2, 4, 1), weight)
+    assert_product(for_weight, oracle_magnitude(grad_output, 2, 4, 0).t(), input)
 
 
 class Widest(TorchDispatchMode):

@@ -41,7 +41,7 @@ def test_linear_grad_input(
     weight = torch.randn(64, 40).to(dtype)
     result = sparse_product(backend, LinearGradInput(grad_output, weight), CONFIG)
     assert_product(result, oracle_magnitude(grad_output, 2, 4, 1), weight)
-    assert emulator.calls("cusparseLtMatmul") >= 1
+    assert emulator.calls("cusparseLtMatmul") == 2  # the first one proved the order
 
 
 def test_a_column_major_weight(backend: CusparseLtBackend) -> None:
@@ -126,7 +126,7 @@ def test_conv2d_grad_input(backend: CusparseLtBackend, emulator: Emulator, name:
     error = (result.double() - exact(pruned, weight)).abs()
     assert (error <= torch.finfo(torch.bfloat16).eps * size + 1e-30).all()
     assert result.is_contiguous(memory_format=last) and result.shape == input.shape
-    assert emulator.calls("cusparseLtMatmul") >= 1
+    assert emulator.calls("cusparseLtMatmul") == 2  # the first one proved the order
 
 
 @pytest.mark.parametrize("name", ["1x1 strided", "1x1 strided in one direction"])

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
-from sdgp_cusparselt.products import packers, routes
+from sdgp_cusparselt.backends.plans import padded_rows
+from sdgp_cusparselt.products import dispatch, packers, routes
 from sdgp_cusparselt.recording.records import COMPILED
-from sdgp_cusparselt.tuning import store, timing
+from sdgp_cusparselt.tuning import Decision, policy, store, timing
+from sdgp_cusparselt.tuning.buckets import bucket
+from sdgp_cusparselt.tuning.decision import Key
 from tests.emulator.control import Bad, Emulator
 from tests.helpers import assert_product
 
@@ -224,6 +227,61 @@ def test_the_default_tunes_at_first_use_and_says_so(
     x.grad = None
     model(x).backward(torch.randn(40, 32, dtype=torch.bfloat16))
     assert capsys.readouterr().err == ""
+
+
+def test_64_token_counts_are_tuned_once_a_bucket_and_proven_once_a_plan(
+    emulated: CusparseLtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed_by(monkeypatch, dense_us=100.0)
+    search, proof = policy.search_here, policy.plan_fault
+    tuned, proven = list[int](), list[int]()
+
+    def searched(key: Key, *arguments: object) -> Decision:
+        tuned.append(key.gemm.m)
+        return search(key, *arguments)
+
+    def proved(key: Key, *arguments: object) -> str:
+        proven.append(padded_rows(key.gemm.m))
+        return proof(key, *arguments)
+
+    monkeypatch.setattr(policy, "search_here", searched)
+    monkeypatch.setattr(policy, "plan_fault", proved)
+    lengths = [20 + 11 * (29 * i % 64) for i in range(64)]
+    buckets, plans = {bucket(n) for n in lengths}, {padded_rows(n) for n in lengths}
+    assert len(set(lengths)) == 64 and len(buckets) == 8 and len(plans) > 40
+
+    def train() -> None:
+        layer, _, _ = linear(sdgp.SDGPConfig(prune="magnitude"))
+        for tokens in lengths:
+            x = torch.randn(tokens, 32, dtype=torch.bfloat16, requires_grad=True)
+            grad_output = torch.randn(tokens, 64, dtype=torch.bfloat16)
+            layer(x).backward(grad_output)
+            assert_product(x.grad, sdgp.prune(grad_output), layer.weight.detach())
+        assert dict(layer.sdgp_record.calls) == {("grad_input", "sparse"): len(lengths)}
+
+    train()
+    assert sorted(tuned) == sorted(buckets)
+    # A search proves the top of its bucket.
+    assert sorted(proven) == sorted(plans - buckets)
+    tuned.clear()
+    proven.clear()
+    monkeypatch.setattr(store, "_default", store.TuningCache(store.default_cache().folder))
+    dispatch.forget()
+    train()
+    assert not tuned and sorted(proven) == sorted(plans), "the next process reads and proves"
+
+
+def test_what_cannot_win_on_a_card_runs_plain_without_a_word(
+    emulated: CusparseLtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = {**emulated.machine.key(torch.device("cpu")), "device": "NVIDIA A100-SXM4-80GB"}
+    monkeypatch.setattr(emulated.machine, "key", lambda device: key)
+    layer, x, grad_output = linear(sdgp.SDGPConfig(prune="magnitude"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x).backward(grad_output)
+    assert dict(layer.sdgp_record.calls) == {("grad_input", "plain"): 1}
+    assert torch.equal(x.grad, grad_output @ layer.weight.detach())
 
 
 def test_untuned_shapes_run_plain_and_say_so(emulated: CusparseLtBackend) -> None:

@@ -54,6 +54,9 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch) -> None
 
 def wheel(folder: Path, name: str, version: str) -> None:
     """Write what pip leaves of a wheel that installed libcusparseLt.so.0 into ``folder``."""
+    library = folder / "nvidia/cusparselt/lib/libcusparseLt.so.0"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    library.touch()  # importlib.metadata leaves out what is not there
     record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     record.mkdir()
     (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

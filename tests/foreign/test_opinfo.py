@@ -178,11 +178,12 @@ def test_what_torch_refuses_is_refused(config: sdgp.SDGPConfig, tally: Tally) ->
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_complex_numbers_are_refused_under_pruning(name: str, tally: Tally) -> None:
+@pytest.mark.parametrize("config", [NONE, MAGNITUDE], ids=["none", "pruned"])
+def test_complex_numbers_are_refused(name: str, config: sdgp.SDGPConfig, tally: Tally) -> None:
     for label, tensors, options in samples(name, torch.complex64):
 
         def refused(tensors=tensors, options=options) -> None:
-            with pytest.raises(TypeError, match=f"{name}: "):
-                bound(name, options, MAGNITUDE)(*tensors)
+            with pytest.raises(TypeError, match=f"{name}: input must be real"):
+                bound(name, options, config)(*tensors)
 
-        tally.check(f"pruned {name} complex64 {label} refused", refused)
+        tally.check(f"{config.prune} {name} refuses complex64 {label}", refused)

@@ -151,7 +151,7 @@ def test_jit_trace_records_the_plain_layer_and_says_so(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_no_features(features: tuple[int, int]) -> None:
     plain = nn.Linear(*features)
-    ours, x = converted(plain), torch.randn(3, features[0], requires_grad=True)
+    ours, x = converted(plain), torch.randn(2, 3, features[0], requires_grad=True)
     results = []
     for layer in (ours, plain):
         y = layer(x)

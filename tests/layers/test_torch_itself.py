@@ -149,6 +149,19 @@ def test_under_pruning_a_batch_that_vmap_maps_over_is_one_batch(kind: str) -> No
     torch.testing.assert_close(mapped.grad, one.grad)
 
 
+def test_tensors_that_outlive_a_transform_are_tensors() -> None:
+    ours, _, x = pair("linear", PRUNED)
+    leaked: list[Tensor] = []
+    grad(lambda x: leaked.append(x) or x.sum())(x)  # type: ignore[func-returns-value]
+    grad(lambda w: leaked.append(w) or w.sum())(ours.weight.detach())  # type: ignore[func-returns-value]
+    grads = []
+    for input, weight in ((leaked[0], leaked[1]), (x, ours.weight.detach())):
+        leaf = torch.zeros_like(x, requires_grad=True)
+        sdgp.functional.linear(leaf + input, weight, config=PRUNED).square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
 def test_a_gradient_of_a_gradient_that_is_constant_needs_no_derivative() -> None:
     """Frozen weights and a gradient that is a constant: nothing of ours is differentiated."""
     ours, _, x = pair("linear", PRUNED)

@@ -137,17 +137,18 @@ def replicated(found: dict[str, Any], mesh: DeviceMesh) -> None:
 
 
 def uneven(found: dict[str, Any], mesh: DeviceMesh) -> None:
-    """Groups would cross the border of two shards of six outputs."""
-    after = parallel(mlp(12), mesh)
-    found["uneven after"] = sdgp.convert_(after, CONFIGS["magnitude"]).skipped
-    before = mlp(12)
-    sdgp.convert_(before, CONFIGS["magnitude"])
-    one = mlp(12)
+    """Groups would cross the border of two shards of six outputs, so one layer stays plain."""
+    one, before, after = mlp(12), mlp(12), parallel(mlp(12), mesh)
     sdgp.convert_(one, {"0": None, "2": CONFIGS["magnitude"]})
+    for model in (before, after):
+        sdgp.convert_(model, CONFIGS["magnitude"])
+    expected = gradients(one)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", sdgp.SDGPFallbackWarning)
-        found["uneven before"] = agree(gradients(parallel(before, mesh)), gradients(one))
+        found["uneven before"] = agree(gradients(parallel(before, mesh)), expected)
+        found["uneven after"] = agree(gradients(after), expected)
     found["uneven warning"] = [str(w.message) for w in caught if "runs plain" in str(w.message)]
+    found["uneven reasons"] = [reason for _, reason in after[0].sdgp_record.fallbacks]
 
 
 def drawn(layer: nn.Linear, weight: Tensor, style: ParallelStyle, mesh: DeviceMesh) -> Tensor:
@@ -185,16 +186,20 @@ def draws(found: dict[str, Any], mesh: DeviceMesh) -> None:
 
 
 def with_fsdp(found: dict[str, Any]) -> None:
-    """FSDP2 around tensor parallel, on meshes that are each one of the two."""
+    """FSDP2 around tensor parallel, on meshes of which one dimension is each of the two."""
     plain = mlp()
     sdgp.convert_(plain, CONFIGS["both"])
     expected = gradients(plain)
     for sizes in ((1, 2), (2, 1)):
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor"))
-        model = parallel(mlp(), mesh["tensor"])
-        sdgp.convert_(model, CONFIGS["both"])
-        fully_shard(model, mesh=mesh["data"])
-        found[f"fsdp {sizes[0]} tensor {sizes[1]}"] = agree(gradients(model), expected)
+        for order in ("before", "after"):
+            model = parallel(mlp(), mesh["tensor"])
+            if order == "before":
+                sdgp.convert_(model, CONFIGS["both"])
+            fully_shard(model, mesh=mesh["data"])
+            if order == "after":
+                sdgp.convert_(model, CONFIGS["both"])
+            found[f"fsdp {sizes[0]} tensor {sizes[1]} {order}"] = agree(gradients(model), expected)
 
 
 def precision(found: dict[str, Any], mesh: DeviceMesh) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sdgp_cusparselt.errors import NotSupportedError
-from sdgp_cusparselt.packing import launch
 from sdgp_cusparselt.packing import layout as layouts
+from sdgp_cusparselt.packing import starting
 from sdgp_cusparselt.packing.pack import matmul, pack, pack_gradient
 from sdgp_cusparselt.packing.seeds import draw_seeds, seeds_tensor
 
@@ -119,13 +119,13 @@ def test_samples_must_divide_the_tokens() -> None:
 
 
 def test_a_cpu_tensor_is_refused_by_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(starting, "interpreted", lambda: False)
     with pytest.raises(NotSupportedError, match="x is on cpu"):
         pack(torch.zeros(16, 16).half(), backend="triton")
 
 
 def test_without_triton_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "kernels", lambda: None)
+    monkeypatch.setattr(starting, "kernels", lambda: None)
     x = cases.adversarial(16, 16, torch.float16)
     assert pack(x).nbytes > 0
     with pytest.raises(NotSupportedError, match="triton cannot be imported"):

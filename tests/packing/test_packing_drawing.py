@@ -15,7 +15,7 @@ def test_text_lists_every_address_of_a_small_operand() -> None:
     header = next(i for i, line in enumerate(lines) if "row\\group" in line)
     for row, line in enumerate(lines[header + 1 :]):
         numbers = [int(word) for word in line.split()]
-        assert numbers == [row, *(oracle.plain(row, g, 32) for g in range(16))]
+        assert numbers == [row, *(oracle.plain(row, g, 32, 64) for g in range(16))]
     assert "group 0, group 1, row 3, group 2" in lines[1]
 
 

@@ -76,6 +76,11 @@ def test_other_seeds_and_offsets_draw_otherwise() -> None:
         assert (other == usual).float().mean() < 0.01
 
 
+def test_a_point_lies_between_two_sixteenth_bits() -> None:
+    points = sampling._uniform(EVERY_DRAW).double()
+    assert torch.equal(points, (EVERY_DRAW.double() + 0.5) / 65536)
+
+
 def wide_groups(count: int, dtype: torch.dtype, scale: float) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(count, 4, generator=generator)
@@ -110,8 +115,8 @@ def estimates(group: Tensor, draws: Tensor, n: int) -> Tensor:
 def test_the_mean_of_mvue_over_every_draw_is_x(n: int, dtype: torch.dtype, scale: float) -> None:
     """65,536 draws of 100 groups a case, 400 in all: the mean is off by rounding alone.
 
-    The amount is rounded to dtype once; an end of a stretch lies between two of the 65,536
-    points, and a stretch has two ends and may be hit by either point; fp32 rounds each of a dozen
+    The amount is rounded to dtype once; each of the two ends of a stretch is off by half the
+    distance of two points, 2**-16 of an amount of at most S / 2, or S; fp32 rounds each of a dozen
     sums.
     """
     half_ulp = torch.finfo(dtype).eps / 2
@@ -119,7 +124,8 @@ def test_the_mean_of_mvue_over_every_draw_is_x(n: int, dtype: torch.dtype, scale
     for group in wide_groups(100, dtype, scale):
         exact, total = group.double(), float(group.double().abs().sum())
         mean = estimates(group, EVERY_DRAW, n).mean(0)
-        bound = half_ulp * exact.abs() + 2 * total * 2.0**-16 + 12 * total * 2.0**-24 + subnormal
+        ends = total / n * 2.0**-16
+        bound = half_ulp * exact.abs() + ends + 12 * total * 2.0**-24 + subnormal
         assert ((mean - exact).abs() <= bound).all(), (group, mean)
 
 
@@ -133,7 +139,7 @@ def border_groups(count: int, dtype: torch.dtype, seed: int) -> tuple[tuple[Tens
     nudged = largest.view(torch.int16) + torch.randint(
         -2, 3, (count,), generator=generator, dtype=torch.int16
     )
-    nudged = torch.where(largest > 0, nudged, largest.view(torch.int16)).view(dtype)
+    nudged = torch.where(nudged > 0, nudged, largest.view(torch.int16)).view(dtype)
     groups = torch.cat((others, nudged[:, None]), 1)
     order = torch.rand(count, 4, generator=generator).argsort(-1)
     groups = groups.gather(1, order)
@@ -160,6 +166,22 @@ def check_borders(count: int, dtype: torch.dtype, seed: int) -> None:
 @pytest.mark.parametrize("dtype", cases.FLOAT_DTYPES)
 def test_exactly_two_are_kept_next_to_a_border(dtype: torch.dtype) -> None:
     check_borders(500_000, dtype, 1)
+
+
+@pytest.mark.parametrize(
+    "group, dtype",
+    [
+        ((525.5, 526.5, 0.0, 0.00402069091796875), torch.float16),
+        ((94.0, 94.5, 0.0, 0.000713348388671875), torch.bfloat16),
+        ((627.5, 628.0, 0.0, 0.00475311279296875), torch.float16),
+    ],
+)
+def test_a_zero_is_passed_over_where_rounding_reaches_it(
+    group: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    """The first point falls on the end of member 0, and h was rounded up past member 3."""
+    kept = estimates(torch.tensor(group, dtype=dtype), EVERY_DRAW, 2) != 0
+    assert (kept.sum(-1) == 2).all() and not kept[:, 2].any()
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.products import dispatch, prepared
+from sdgp_cusparselt.products import dispatch, packers, prepared
 from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight
 from sdgp_cusparselt.recording.records import LayerRecord
 from tests.products import null_launch
@@ -73,6 +74,27 @@ def test_the_way_to_the_launch_is_short(
     assert len(names) <= allowed, names
 
 
+def test_a_layers_backward_stands_few_frames_above_the_launch(
+    record: LayerRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = nn.Linear(16, 32, bias=False).bfloat16()  # the sizes that are prepared
+    sdgp.convert_(layer, CONFIG)
+    output = layer(torch.randn(2, 24, 16, dtype=torch.bfloat16, requires_grad=True))
+    stacks: list[list[str]] = []
+
+    def look(*arguments: object) -> None:
+        frame, names = sys._getframe(), []
+        while frame is not None and frame.f_code.co_name != "backward":
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        stacks.append(names)
+
+    monkeypatch.setattr(null_launch, "launch", look)
+    output.backward(GRADIENT)
+    assert layer.sdgp_record.calls == {("grad_input", "sparse"): 1, ("grad_weight", "sparse"): 1}
+    assert stacks and all(len(names) <= LIMIT for names in stacks), stacks
+
+
 def test_nothing_is_resolved_twice(record: LayerRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every later call is a look-up: what resolves would raise."""
 
@@ -112,3 +134,20 @@ def test_prepared_calls_keep_no_tensor_and_make_two(record: LayerRecord) -> None
         seen.add(id(one))
         assert not isinstance(one, torch.Tensor)
         open_ += [x for x in gc.get_referents(one) if not isinstance(x, type(sys))]
+
+
+def test_a_captured_graph_draws_from_memory(
+    record: LayerRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds by value would be the same at every replay."""
+    seen: list[tuple[object, ...]] = []
+    words = torch.tensor([3, 4])
+    monkeypatch.setattr(packers, "draw_seeds", lambda device: words)
+    monkeypatch.setattr(null_launch, "launch", lambda *given: seen.append(given))
+    for call in prepared.calls.single.values():
+        pack = call.sparse.pack
+        pack.start_captured = pack._prepare(torch.empty(48, 32), in_memory=True)
+        assert pack.start_captured.seeds_in_memory and not pack.start.seeds_in_memory
+    grad_input(record)
+    (given,) = seen
+    assert words.data_ptr() in given

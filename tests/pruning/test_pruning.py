@@ -254,6 +254,34 @@ def test_mvue_is_unbiased_with_the_least_variance(n: int, m: int, kind: str) -> 
     assert ((y.mean(0) - x).abs() <= 6 * sigma + 1e-12)[~rare].all()
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_mvue_keeps_exactly_two_where_a_point_meets_a_boundary(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = 4000
+    x = torch.rand(groups, 4) + 0.01
+    x[:, place] = 100.0
+    rest = x.double().clone()
+    rest[:, place] = 0.0
+    # The sure element's stretch begins where the shares before it end, and there falls a point.
+    start = (rest / rest.sum(1, keepdim=True))[:, :place].sum(1).float()
+    monkeypatch.setattr(cpu, "takes", lambda *_: False)  # test_fours has the blocked way
+    for steps in (-2, -1, 0, 1, 2):
+        near = (start + steps * 2.0**-25).clamp(0, 1 - 2**-24)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda shape, u=near, **k: u.to(k["dtype"]).view(shape))
+            y = sdgp.prune(x, method="mvue")
+        assert ((y != 0).sum(1) == 2).all() and (y[:, place] == 100).all()
+
+
+@pytest.mark.parametrize("n, m", [*SDGP_PATTERNS, (3, 4), (3, 5), (31, 32)])
+def test_mvue_keeps_exactly_n_of_any_m(n: int, m: int) -> None:
+    x = torch.randn(3000, m) * torch.exp(3 * torch.randn(3000, m))
+    for t in (x, x.double(), x.bfloat16()):
+        y = sdgp.prune(t, method="mvue", n=n, m=m)
+        assert ((y != 0).sum(1) == n).all()
+
+
 def test_mvue_two_of_four_has_the_published_variance_on_normal_groups() -> None:
     x = torch.randn(200_000, 4, dtype=torch.float64)
     y = sdgp.prune(x, method="mvue")
@@ -292,6 +320,19 @@ def test_compiles_without_graph_breaks(method: str) -> None:
     compiled = torch.compile(lambda t: sdgp.prune(t, method=method), fullgraph=True)
     x = torch.randn(64, 48)
     torch.testing.assert_close(compiled(x), sdgp.prune(x, method=method))
+
+
+@pytest.mark.parametrize("method, n, m", [("random", 2, 4), ("mvue", 2, 4), ("random", 4, 8)])
+def test_the_methods_that_draw_trace_for_every_shape(method: str, n: int, m: int) -> None:
+    compiled = torch.compile(
+        lambda t: sdgp.prune(t, method=method, n=n, m=m),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for x in (torch.randn(8, 16), torch.randn(24, 48)):
+        y = compiled(x)
+        assert ((y != 0).unflatten(1, (-1, m)).sum(-1) == n).all()
 
 
 @pytest.mark.parametrize(

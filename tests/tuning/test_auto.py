@@ -25,8 +25,8 @@ from tests.tuning.fakes import CPU, GEMM, TOP, FakeExecutor, FakeTimer, fixed
 
 TOP_KEY = Key(TOP, "magnitude", False, "mm")
 AUTO = sdgp.SDGPConfig(prune="magnitude")
-#: 64 token counts, as batches of sentences have them: about 12 buckets and 55 plans.
-LENGTHS = [(37 * i * i + 61 * i) % 3000 + 20 for i in range(64)]
+#: 64 token counts, as batches of sentences have them: at most 12 buckets, more than 50 plans.
+LENGTHS = [20 + 47 * (29 * i % 64) for i in range(64)]
 
 
 class Clock:

@@ -33,6 +33,11 @@ def test_few_tokens_read_the_weight_and_nothing_saves_that(card: str) -> None:
     assert reason(NAMES[card], 64, 1024, 1024)
 
 
+def test_a_sparse_product_that_is_slower_by_itself_is_ruled_out_however_small_its_pack() -> None:
+    """As many multiply-adds as 2048^3, where an H100's sparse product was seen to lose."""
+    assert reason(NAMES["H100"], 2048, 8192, 512) and not reason(NAMES["A100"], 2048, 8192, 512)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens, width", [(8192, 4096), (8192, 1024), (2048, 2048), (512, 512)])
 def test_it_is_the_planners_prediction(name: str, tokens: int, width: int) -> None:

@@ -38,13 +38,14 @@ def watchdog(
     ],
 )
 def test_what_ends_a_child_is_rejected_and_the_search_goes_on(kind: str, reason: str) -> None:
+    children = []
     with watchdog("good", kind, "good") as dog:
-        found = dog.search(KEY, LIMITS)
-        child = dog._process
+        found = dog.search(KEY, Limits(progress=lambda *step: children.append(dog._process)))
     assert (found.use, found.candidate, found.key) == ("sparse", Candidate(2), KEY)
     ((candidate, why),) = found.rejected
     assert candidate == Candidate(1) and why.startswith(reason)
-    assert child is not None and not child.is_alive(), "it does not outlive the search"
+    assert len(set(children)) == 2, "one for the bad algorithm, one after it"
+    assert not any(child.is_alive() for child in children), "none outlives the search"
 
 
 def test_several_bad_ones_each_cost_a_process_and_good_searches_share_one() -> None:
