@@ -45,11 +45,11 @@ class Cost:
     nbytes: float = 0.0
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that write memory, and what they move."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cost = Cost()
 
     def __torch_dispatch__(
@@ -79,7 +79,8 @@ def _nbytes(x: Tensor) -> int:
 def plain(method: str, n: int, m: int) -> Cost:
     """Count ``sdgp.prune`` of a meta tensor."""
     x = torch.empty(SHAPE, dtype=DTYPE, device="meta")
-    with Counter() as counter:
+    counter = Counter()
+    with counter:
         sdgp.prune(x, method=method, n=n, m=m)
     return counter.cost
 
@@ -87,7 +88,8 @@ def plain(method: str, n: int, m: int) -> Cost:
 def kernel(method: str, n: int) -> Cost:
     """Count the Triton kernel in its interpreter, and the operations around it."""
     x = torch.randn(SHAPE).to(DTYPE)
-    with _accesses() as cost, Counter() as counter:
+    counter = Counter()
+    with _accesses() as cost, counter:
         prune_dense(x, method=method, n=n, backend="triton")
     around = counter.cost
     return Cost(cost.launches + around.launches, cost.nbytes + around.nbytes)

@@ -99,7 +99,7 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("mvue", "mvue", "blocked", 80)
         yield Case("mvue", "mvue", "sm90-interleaved", 100)
         yield Case("mvue", "mvue", "sm90-atom", 120)
-        yield Case("random", "random", "blocked", 80)
+        yield Case("random", "mvue", "blocked", 90)
         yield Case("mvue", "magnitude", "plain", 80, column_sums=True, dtype="float16")
         yield Case("rescaled_magnitude", None, "blocked", 90)
         yield Case(None, "rescaled_magnitude", "blocked", 80)

@@ -2,13 +2,15 @@
 
 python docs/generate.py
 
-Predictions stand in when-is-it-faster.md between two markers, so that the page reads whole on
-GitHub too; the API pages (api.md) are made for each build and not kept.
+Predictions stand in when-is-it-faster.md and README.md between two markers, so that the pages read
+whole on GitHub too; the API pages (api.md, internals.md) are made for each build and not kept.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.cards.gpus import GPUS
 from sdgp_cusparselt.planner.gemms import trace_step
 from sdgp_cusparselt.planner.models import PRESETS, load
@@ -26,17 +28,26 @@ PACKAGES = {"sdgp_cusparselt": ROOT, "pycusparselt": ROOT / "bindings"}
 
 def main() -> None:
     """Write every generated part."""
-    page = DOCS / "when-is-it-faster.md"
-    page.write_text(with_predictions(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, made in predicted_pages().items():
+        text = with_predictions(page.read_text(encoding="utf-8"), made)
+        page.write_text(text, encoding="utf-8")
     (DOCS / "api.md").write_text(api_page(), encoding="utf-8")
+    (DOCS / "internals.md").write_text(internals_page(), encoding="utf-8")
     problem = load("vit-l-16")
     trace = trace_step(problem.model, problem.inputs)
     results = [forecast(trace, gpu, gpu.published) for gpu in GPUS.values()]
     plot(DOCS / "img" / "plan-vit-l-16.png", problem, results)
 
 
-def with_predictions(text: str) -> str:
-    """Return the page with its generated part replaced.
+def predicted_pages() -> dict[Path, str]:
+    """Return page -> what stands between its markers."""
+    parts = predictions()
+    steps = parts.partition("Whole step, dense time / SDGP time:\n\n")[2].partition("\n\n")[0]
+    return {DOCS / "when-is-it-faster.md": parts, ROOT / "README.md": steps}
+
+
+def with_predictions(text: str, made: str) -> str:
+    """Return the page with its generated part replaced by what was made.
 
     Raises:
         ValueError: the page lacks one of the two markers.
@@ -45,7 +56,7 @@ def with_predictions(text: str) -> str:
     _, found, tail = rest.partition(END)
     if not found:
         raise ValueError(f"with_predictions: text must hold {BEGIN} and then {END}, got neither.")
-    return f"{head}{BEGIN}\n\n{predictions()}\n\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
 
 
 def predictions() -> str:
@@ -78,10 +89,63 @@ def _gaining(result: Forecast) -> str:
     return f"{sum(t.gains for t in candidates)}/{len(candidates)}"
 
 
+#: Titles of the reference -> public names below each; the rest of ``__all__`` comes last.
+TOPICS = {
+    "Convert a model": ("convert_", "revert_", "set_enabled_", "ConversionReport"),
+    "Say how": ("SDGPConfig", "Schedule"),
+    "Follow the optimizer": ("step_with", "step", "schedule_state", "load_schedule_state"),
+    "Look at what happened": ("telemetry", "Telemetry", "backend_status", "BackendStatus"),
+    "By hand": ("prune", "pack", "matmul", "Packed24", "MetadataLayout", "library_layout"),
+}
+#: Public modules that are read as a whole.
+PUBLIC_MODULES = ("nn", "functional", "diagnostics", "integrations")
+
+
 def api_page() -> str:
-    """Return a page that pulls in the docstrings of every public module."""
-    lines = ["# API reference", ""]
+    """Return a page that pulls in the docstrings of exactly the public names."""
+    named = {name for names in TOPICS.values() for name in names}
+    # Modules have sections of their own, and a version has nothing to tell.
+    left = [name for name in sdgp.__all__ if name not in named and hasattr(public(name), "__doc__")]
+    left = [n for n in left if n not in PUBLIC_MODULES and not n.startswith("__")]
+    lines = ["# API reference", "", "`import sdgp_cusparselt as sdgp`. What stands here stays;"]
+    lines += ["[everything else](internals.md) may change with any version.", ""]
+    for title, names in {**TOPICS, "Errors, warnings, and the rest": left}.items():
+        lines += [f"## {title}", ""]
+        for name in names:
+            home = public(name).__module__
+            lines += [f"### `sdgp.{name}`", "", f"::: {home}.{public(name).__name__}"]
+            lines += ["    options:", "      heading_level: 4", ""]
+    for module in public_modules():
+        lines += [f"## `{module}`", "", f"::: {module}", ""]
+    return "\n".join(lines)
+
+
+def public(name: str) -> Any:
+    """Return what a public name stands for."""
+    return getattr(sdgp, name)
+
+
+def public_modules() -> list[str]:
+    """Return dotted names of the modules that hold public layers, functions and integrations."""
+    homes = {
+        "nn": ["layers.modules"],
+        "functional": ["layers.functional"],
+        "diagnostics": ["telemetry.diagnostics"],
+    }
+    folder = ROOT / "sdgp_cusparselt" / "integrations"
+    homes["integrations"] = [
+        f"integrations.{path.stem}" for path in sorted(folder.glob("[!_]*.py"))
+    ]
+    return [f"sdgp_cusparselt.{name}" for module in PUBLIC_MODULES for name in homes[module]]
+
+
+def internals_page() -> str:
+    """Return a page that pulls in the docstrings of every module."""
+    lines = ["# Every module", "", "For those who work on the package itself.", ""]
+    shown = set(public_modules())
     for module in modules():
+        if module in shown:
+            continue
         lines += [f"## `{module}`", "", f"::: {module}"]
         # What a package imports is documented where it is defined.
         if module in PACKAGES or module.endswith(("packing", "tuning", "planner")):

@@ -17,9 +17,11 @@ from types import ModuleType
 
 import pytest
 
+import sdgp_cusparselt as sdgp
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docker" / "README.md"]
-PAGES = [page for page in PAGES if page.name != "api.md"]
+PAGES = [page for page in PAGES if page.name not in ("api.md", "internals.md")]
 HINT = "run: python docs/generate.py"
 RUNNABLE = ("python", "sh", "bash", "console")
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -163,9 +165,15 @@ def test_measured_tables_are_what_the_result_files_say() -> None:
 
 
 def test_predictions_in_the_docs_are_what_the_planner_says() -> None:
-    page = ROOT / "docs" / "when-is-it-faster.md"
-    text = page.read_text(encoding="utf-8")
-    fresh = load_generator().with_predictions(text)
+    module = load_generator()
+    pages = module.predicted_pages()
+    assert {page.name for page in pages} == {"README.md", "when-is-it-faster.md"}
+    for page, made in pages.items():
+        text = page.read_text(encoding="utf-8")
+        assert_predictions_agree(text, module.with_predictions(text, made))
+
+
+def assert_predictions_agree(text: str, fresh: str) -> None:
     number = re.compile(r"\d+(?:\.\d+)?")
     assert number.sub("#", fresh).split() == number.sub("#", text).split(), HINT
     # Norms and activations are traced as the installed transformers writes them, which moves a
@@ -176,17 +184,24 @@ def test_predictions_in_the_docs_are_what_the_planner_says() -> None:
         assert abs(float(there) - float(now)) <= allowed, f"{there} is now {now}; {HINT}"
 
 
-def test_the_api_page_covers_every_public_module() -> None:
-    page = load_generator().api_page()
-    for module in ("sdgp_cusparselt", "sdgp_cusparselt.layers.functional", "pycusparselt.objects"):
-        assert f"\n::: {module}\n" in page
+def test_the_reference_has_exactly_the_public_names_first_and_every_module_behind() -> None:
+    module = load_generator()
+    page = module.api_page()
+    listed = re.findall(r"^### `sdgp\.(\w+)`$", page, re.MULTILINE)
+    modules = {"functional", "nn", "diagnostics", "__version__"}
+    assert sorted(listed) == sorted(set(sdgp.__all__) - modules)
+    assert "\n::: sdgp_cusparselt.layers.convert.convert_\n" in page
+    assert "\n::: sdgp_cusparselt.integrations.lightning\n" in page
+    internals = module.internals_page()
+    for name in ("sdgp_cusparselt", "sdgp_cusparselt.layers.convert", "pycusparselt.objects"):
+        assert f"\n::: {name}\n" in internals
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_point_to_files(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not re.match(r"https?://|#|api\.md", target):
+        if not re.match(r"https?://|#|api\.md|internals\.md", target):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
 
 

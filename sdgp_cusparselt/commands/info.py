@@ -31,6 +31,8 @@ OPTIONAL = (
 
 #: Keys of the report that start so are what was learned: one paragraph each.
 LAYOUT = "layout: "
+#: More of them than this are counted, not printed.
+LAYOUTS_SHOWN = 6
 #: Edge of the largest operand whose layout is drawn.
 LARGEST_DRAWING = 4096
 
@@ -73,9 +75,12 @@ def describe(report: dict[str, str], width: int) -> str:
     plain = {key: value for key, value in report.items() if not key.startswith(LAYOUT)}
     edge = max(map(len, plain)) + 2
     lines = [folded(v or "none", width, k.ljust(edge), " " * edge) for k, v in plain.items()]
-    for key in [key for key in report if key not in plain]:
+    layouts = [key for key in report if key not in plain]
+    for key in layouts[:LAYOUTS_SHOWN]:
         lines.append(folded(key, width, "", "  "))
         lines.append(folded(report[key], width, "  ", "  "))
+    if len(layouts) > LAYOUTS_SHOWN:
+        lines.append(f"and {len(layouts) - LAYOUTS_SHOWN} more layouts: sdgp info --json -")
     return "\n".join(lines)
 
 

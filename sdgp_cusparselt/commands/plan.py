@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
-        "--gpu", nargs="+", choices=GPUS, default=list(GPUS), help="cards (default: all)"
+        "--gpu",
+        nargs="+",
+        choices=GPUS,
+        default=list(GPUS),
+        metavar="GPU",
+        help=f"some of {', '.join(GPUS)} (default: all)",
     )
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="PATTERN", help="names that stay dense"

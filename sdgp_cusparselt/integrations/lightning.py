@@ -2,13 +2,16 @@
 
 from typing import Any
 
-import lightning
+try:
+    import lightning as host
+except ImportError:  # the same code under its older name
+    import pytorch_lightning as host  # type: ignore[no-redef]
 
 from sdgp_cusparselt.integrations.driver import Driver
 from sdgp_cusparselt.layers.convert import Configs
 
 
-class SDGPCallback(lightning.Callback):
+class SDGPCallback(host.Callback):
     """Converts the LightningModule, drives its schedule, keeps the step, and logs.
 
     Modules whose layers are made in ``configure_model`` convert themselves there.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.config.choices import SDGPConfig
-from sdgp_cusparselt.errors import NotSupportedError
+from sdgp_cusparselt.errors import NotSupportedError, SDGPError
 from sdgp_cusparselt.layers import casting, shards
 from sdgp_cusparselt.products import dispatch
 from sdgp_cusparselt.products.announce import announce
@@ -16,6 +16,8 @@ from sdgp_cusparselt.recording.records import LayerRecord
 
 #: Classes of weights that are nothing but memory.
 ORDINARY = (Tensor, nn.Parameter)
+#: The compiler differentiates the forward instead of calling the backward, and says nothing.
+_NOT_COMPILED = "SDGP: a pruned layer inside a transform of torch.func is not compiled"
 
 
 def linear_prunes(input: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRecord) -> bool:
@@ -85,8 +87,10 @@ def may_prune(input: Tensor, weight: Tensor, config: SDGPConfig, record: LayerRe
 
 def _is_wanted(input: Tensor, weight: Tensor, prunes: bool, sparse_grad_weight: bool) -> bool:
     """Whether the gradients that would be pruned are asked for."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return True  # a tensor does not know what transforms around this one ask of it
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            raise SDGPError(_NOT_COMPILED)
+        return True  # a tensor does not know what the transforms around it ask
     wanted = (prunes and input.requires_grad) or (sparse_grad_weight and weight.requires_grad)
     return wanted and weight.numel() > 0
 

@@ -12,6 +12,7 @@ import triton.language as tl
 LOW_HALVES = tl.constexpr(0x5410)
 HIGH_HALVES = tl.constexpr(0x7632)
 
+PTX_COPY = tl.constexpr("mov.b32 $0, $1;")
 PTX_PERMUTE = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
 PTX_ROUND_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 PTX_ROUND_FP16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
@@ -48,6 +49,21 @@ def permute(low, high, selector, NATIVE: tl.constexpr):
             shift = (((selector >> (4 * byte)) & 7) * 8).to(tl.uint64)
             word |= ((eight >> shift) & 0xFF) << (8 * byte)
         return word.to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def beside(word, loaded, NATIVE: tl.constexpr):
+    """word itself, computed where ``loaded`` lies and nowhere else.
+
+    To spare an exchange between threads the compiler computes again, in another thread, what
+    nothing loaded goes into: without this, all of Philox.
+    """
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            PTX_COPY, "=r,r,r", [word, loaded], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return word
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sdgp_cusparselt.packing.halves import (
+    beside,
     permute,
     raise_to,
     round_halves,
@@ -51,10 +52,11 @@ def _larger(a, b):
 
 @triton.jit
 def _by_magnitude(low, high, N: tl.constexpr):
-    """The selector of the N largest by a tournament; a tie goes to the lower index.
+    """The selector of the N largest by a tournament, and whether the first is it (N = 1).
 
-    Keys are |x| in the upper half of a word. No key of a zero wins against ONE, so that a group
-    with fewer than N non-zeros names the library's pair: (0, 3) of x000, (2, 3) of 0000.
+    A tie goes to the lower index. Keys are |x| in the upper half of a word. No key of a zero wins
+    against ONE, so that a group with fewer than N non-zeros names the library's pair: (0, 3) of
+    x000, (2, 3) of 0000.
     """
     ONE: tl.constexpr = 0x10000
     k0, k1 = (low & 0x7FFF) << 16, low & 0x7FFF0000
@@ -63,10 +65,10 @@ def _by_magnitude(low, high, N: tl.constexpr):
     first23 = k2 >= tl.maximum(k3, ONE)
     top01, top23 = tl.maximum(k0, k1), tl.maximum(k2, k3)
     if N == 1:
-        left = tl.where(first01, FIRST_IS_0 | SECOND_IS_3, FIRST_IS_1 | SECOND_IS_3)
-        return tl.where(top01 >= tl.maximum(top23, ONE), left, FIRST_IS_2 | SECOND_IS_3), (
-            first23 | (top01 >= tl.maximum(top23, ONE))
-        )
+        from_left = top01 >= tl.maximum(top23, ONE)
+        left = tl.where(first01, FIRST_IS_0, FIRST_IS_1)
+        selector = tl.where(from_left, left, FIRST_IS_2) | SECOND_IS_3
+        return selector, from_left | first23
     else:
         both01 = tl.minimum(k0, k1) >= tl.maximum(top23, ONE)
         both23 = tl.maximum(tl.minimum(k2, k3), ONE) > top01
@@ -157,6 +159,7 @@ def choose(
             values = raise_to(kept, worth + total * 0.0, DTYPE, NATIVE)
         else:
             selector, first = _at_random(word, N)
+            selector = beside(selector, low, NATIVE)
             kept = permute(low, high, selector, NATIVE)
             total = (a0 + a1) + (a2 + a3)
             values = kept | round_halves(total * 0.0, total * 0.0, DTYPE, NATIVE)

@@ -64,8 +64,8 @@ def _function(method: str, n: int, m: int, dim: int, scale_dims: tuple[int, ...]
     def pruned(x: Tensor) -> Tensor:
         return _plain(x, method, n, m, dim, scale_dims)
 
-    # torch.compile counts what it compiled per code object, and gives up after some: each function
-    # gets one of its own.
+    # Before torch 2.13 torch.compile counts what it compiled per code object, and gives up after
+    # some: each function gets one of its own.
     own = types.FunctionType(
         pruned.__code__.replace(), pruned.__globals__, None, None, pruned.__closure__
     )

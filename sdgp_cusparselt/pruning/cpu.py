@@ -13,6 +13,7 @@ from torch import Tensor
 from sdgp_cusparselt.pruning import fours, plain
 from sdgp_cusparselt.pruning.bits import BITS
 from sdgp_cusparselt.pruning.eager import is_plain
+from sdgp_cusparselt.pruning.scratch import rows
 
 #: Elements at a time of what has no way of its own: its temporaries are some bytes an element each.
 PLAIN_ELEMENTS = 1 << 14
@@ -80,10 +81,10 @@ def prune_fours(
 def _blocks(x: Tensor, out: Tensor, groups: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield [some, m, some] of both, at most so many groups each."""
     outer, _, inner = x.shape
-    rows, columns = max(1, groups // inner), min(inner, groups)
-    for row in range(0, outer, rows):
+    step, columns = max(1, groups // inner), min(inner, groups)
+    for row in range(0, outer, step):
         for column in range(0, inner, columns):
-            at = (slice(row, row + rows), slice(None), slice(column, column + columns))
+            at = (slice(row, row + step), slice(None), slice(column, column + columns))
             yield x[at], out[at]
 
 
@@ -109,4 +110,8 @@ def _random(x: Tensor, out: Tensor, n: int, generator: torch.Generator | None) -
 def _mvue(x: Tensor, out: Tensor, n: int, generator: torch.Generator | None) -> None:
     estimates = fours.estimates_of(x.shape[1] * x.shape[2])
     estimates.x.view(x.shape).copy_(x)
-    out.copy_(estimates.drawn(n, generator).view(torch.float32).view(x.shape))
+    values = estimates.drawn(n, generator).view(torch.float32)
+    if x.dtype != torch.float32:  # rounded where it is adjacent: twice as fast as on the way out
+        values = rows("rounded", 4, fours.CHUNK, x.dtype)[:, : values.shape[1]].copy_(values)
+    bits = BITS[x.element_size()]
+    out.view(bits).copy_(values.view(bits).view(x.shape))

@@ -87,6 +87,12 @@ def test_info(columns: int) -> None:
     assert widest(text) <= columns
 
 
+def test_info_counts_layouts_beyond_a_few() -> None:
+    many = {f"layout: plan {number}": "blocked, proven" for number in range(40)}
+    lines = describe({"python": "3.12"} | many, 80).splitlines()
+    assert len(lines) < 20 and lines[-1] == "and 34 more layouts: sdgp info --json -"
+
+
 @pytest.mark.parametrize("columns", [60, 80])
 def test_check(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 
 import sdgp_cusparselt as sdgp
 
@@ -108,6 +115,45 @@ def test_checkpoints_of_every_format_carry_the_step(way: str, tmp_path: Path) ->
         set_model_state_dict(other, loaded["model"])
     assert sdgp.schedule_state(other) == {"step": 7}
     assert torch.equal(other.first.weight, model.first.weight)
+
+
+def test_a_sharded_run_resumed_from_a_distributed_checkpoint_ends_as_the_unbroken_one(
+    tmp_path: Path,
+) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+
+        def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+            model: nn.Module = converted(SCHEDULED)
+            fully_shard(model, mesh=mesh)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            sdgp.step_with(optimizer, model)
+            return model, optimizer
+
+        def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+            for step in steps:
+                torch.manual_seed(step)
+                model(torch.randn(6, 16)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        unbroken, resumed = start(), start()
+        train(*unbroken, range(5))
+        dcp.save(dict(zip("mo", get_state_dict(*unbroken), strict=True)), checkpoint_id=tmp_path)
+        train(*unbroken, range(5, 9))
+        # What is loaded into also makes the new optimizer take a step of nothing.
+        state = dict(zip("mo", get_state_dict(*resumed), strict=True))
+        dcp.load(state, checkpoint_id=tmp_path)
+        set_state_dict(*resumed, model_state_dict=state["m"], optim_state_dict=state["o"])
+        assert sdgp.schedule_state(resumed[0]) == {"step": 5}
+        train(*resumed, range(5, 9))
+        pairs = zip(unbroken[0].parameters(), resumed[0].parameters(), strict=True)
+        assert all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in pairs)
+        assert sdgp.schedule_state(resumed[0]) == {"step": 9}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_compiled_models_without_a_schedule_load_distributed_checkpoints() -> None:

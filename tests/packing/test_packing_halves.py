@@ -28,6 +28,8 @@ def _run(
     at = tl.arange(0, SIZE)
     if WHICH == "permute":
         got = halves.permute(tl.load(a + at), tl.load(b + at), tl.load(c + at), NATIVE)
+    elif WHICH == "beside":
+        got = halves.beside(tl.load(a + at), tl.load(b + at), NATIVE)
     elif WHICH == "round":
         low = tl.load(b + at).to(tl.float32, bitcast=True)
         high = tl.load(c + at).to(tl.float32, bitcast=True)
@@ -101,6 +103,14 @@ def test_permute() -> None:
     loaded = selector | 0x5 << 28
     assert np.array_equal(got, twin("permute", torch.half, a, b, loaded))
     assert np.array_equal(got, emulated(str(halves.PTX_PERMUTE.value), a, b, loaded))
+
+
+def test_beside_is_the_word_itself() -> None:
+    words, others = every_half(), floats(65536, True)
+    got = twin("beside", torch.half, words, others, others)
+    assert np.array_equal(got, words.numpy().view(np.uint32))
+    asm = str(halves.PTX_COPY.value)
+    assert np.array_equal(emulated(asm, words, others), words.numpy().view(np.uint32))
 
 
 @pytest.mark.parametrize("dtype", KINDS)

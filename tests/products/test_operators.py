@@ -192,3 +192,26 @@ def test_double_backward_raises_through_compiled_layers_too() -> None:
     (grad,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
+
+
+def test_a_compiled_transform_runs_a_pruned_layer_in_eager_mode() -> None:
+    """The compiler's own way gives another gradient there, without a word."""
+    torch._dynamo.reset()
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    sdgp.convert_(layer, CONFIG)
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    expected = gradient(x)
+    assert torch.equal(torch.compile(gradient, backend="aot_eager")(x), expected)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(gradient, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_differentiating_an_operator_says_why_not() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    y = torch.ops.sdgp.prune(x, "magnitude", 2, 4, -1)
+    with pytest.raises(sdgp.SDGPError, match="an operator was differentiated"):
+        y.sum().backward()
