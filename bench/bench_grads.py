@@ -114,7 +114,7 @@ def _auto(which: Sequence[Product]) -> Prepare:
                 )
             if "grad_weight" in which:
                 made.append(
-                    products.linear_grad_weight(data.grad_output, data.input, config, record)
+                    products.linear_grad_weight(data.grad_output, data.input, True, config, record)
                 )
             return made
 

@@ -193,7 +193,7 @@ def _local_linear_gradients(
             )
         if tokens is not None:  # saved, because grad_weight is needed
             grad_weight = (
-                calls.linear_grad_weight(flat, tokens, config, record)
+                calls.linear_grad_weight(flat, tokens, ctx.weight_is_row_major, config, record)
                 if ctx.sparse_grad_weight
                 else _dense_grad_weight(ctx, flat, tokens)
             )

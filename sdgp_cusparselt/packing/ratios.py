@@ -1,4 +1,8 @@
-"""What rescaled_magnitude multiplies with: sum |x| / sum |kept|, per column of the operand."""
+"""What rescaled_magnitude multiplies with: sum |x| / sum |kept|, per column of the operand.
+
+The reference sums in float64 and rounds once, as ``sdgp.prune`` does. The kernel sums in float32,
+in an order that follows from the shape alone: rows of a block, then blocks from first to last.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +79,7 @@ def _prepare_sums(
 
 
 def reference_ratio(operand: Tensor, per_sample: int, n: int = 2) -> Tensor:
-    """Return float32 [rows, cols], each sample's ratio repeated over its rows."""
+    """Return float32 [rows, cols], each sample's ratio repeated over its rows; sums in float64."""
     keys = operand.contiguous().view(torch.int16) & 0x7FFF
     short = -operand.shape[1] % 4
     groups = torch.nn.functional.pad(keys, (0, short)).unflatten(1, (-1, 4))  # type: ignore[no-untyped-call]
@@ -84,7 +88,8 @@ def reference_ratio(operand: Tensor, per_sample: int, n: int = 2) -> Tensor:
     size = operand.abs().float()
     kept = torch.where(keep, size, 0.0)
     samples = (-1, per_sample, operand.shape[1])
-    ratio = safe_ratio(size.view(samples).sum(1), kept.view(samples).sum(1))
+    sums = (part.view(samples).sum(1, dtype=torch.float64).float() for part in (size, kept))
+    ratio = safe_ratio(*sums)
     return ratio.repeat_interleave(per_sample, 0)
 
 

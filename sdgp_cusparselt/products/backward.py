@@ -26,10 +26,18 @@ def linear_grad_input(
 
 
 def linear_grad_weight(
-    grad_output: Tensor, input: Tensor, config: SDGPConfig, record: LayerRecord
+    grad_output: Tensor, input: Tensor, row_major: bool, config: SDGPConfig, record: LayerRecord
 ) -> Tensor:
-    """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
-    return run(LinearGradWeight(grad_output, input), config, record)
+    """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N].
+
+    Args:
+        grad_output: [tokens, out_features].
+        input: [tokens, in_features].
+        row_major: whether the weight lies so in memory: torch's own product depends on it.
+        config: how to prune.
+        record: of the layer.
+    """
+    return run(LinearGradWeight(grad_output, input, row_major), config, record)
 
 
 def linear_grads(

@@ -119,15 +119,19 @@ def linear_grad_input(grad_output: Tensor, weight: Tensor, config: str, token: i
     return result.contiguous()
 
 
-def _linear_grad_weight_fake(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
+def _linear_grad_weight_fake(
+    grad_output: Tensor, input: Tensor, row_major: bool, config: str, token: int
+) -> Tensor:
     return grad_output.new_empty((grad_output.shape[1], input.shape[1]))
 
 
 @_operator(_linear_grad_weight_fake)
-def linear_grad_weight(grad_output: Tensor, input: Tensor, config: str, token: int) -> Tensor:
+def linear_grad_weight(
+    grad_output: Tensor, input: Tensor, row_major: bool, config: str, token: int
+) -> Tensor:
     """Return prune(grad_output along tokens).T @ input: [K, M].T @ [K, N] -> [M, N]."""
     result = products.linear_grad_weight(
-        grad_output, input, SDGPConfig.from_text(config), record_of(token)
+        grad_output, input, row_major, SDGPConfig.from_text(config), record_of(token)
     )
     return result.contiguous()
 

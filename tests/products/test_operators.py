@@ -36,7 +36,13 @@ def samples() -> dict[str, tuple]:
             PLAIN.to_json(),
         ),
         "linear_grad_input": (torch.randn(2, 3, 8), torch.randn(8, 12), *where),
-        "linear_grad_weight": (torch.randn(6, 8), torch.randn(6, 12), SPARSE.text, RECORD.token),
+        "linear_grad_weight": (
+            torch.randn(6, 8),
+            torch.randn(6, 12),
+            True,
+            SPARSE.text,
+            RECORD.token,
+        ),
         "linear_grads": (
             torch.randn(2, 3, 8),
             torch.randn(8, 12),

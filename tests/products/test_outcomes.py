@@ -174,3 +174,20 @@ def test_the_outcome_is_torchs_own_result(world: World, name: str, grad_weight: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(layer)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grad_weight_alone_is_torchs_own_however_the_weight_lies(
+    world: World, transposed: bool
+) -> None:
+    """torch multiplies in the weight's order, and bits depend on the order of a product."""
+    torch.manual_seed(5)
+    memory = torch.randn(384, 64).t() if transposed else torch.randn(64, 384)
+    ours, torchs = (memory.detach().requires_grad_() for _ in range(2))
+    x, grad_output = torch.randn(300, 384), torch.randn(300, 64)  # float32 never runs sparse
+    config = sdgp.SDGPConfig(**NEVER, grad_weight="sparse", grad_weight_prune="magnitude")
+    output = sdgp.functional.linear(x, ours, config=config)
+    with pytest.warns(sdgp.SDGPFallbackWarning, match="float32 runs 1:2"):
+        (found,) = torch.autograd.grad(output, ours, grad_output)
+    (expected,) = torch.autograd.grad(nn.functional.linear(x, torchs), torchs, grad_output)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
