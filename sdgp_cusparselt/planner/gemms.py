@@ -48,7 +48,7 @@ class Gemm:
             scaled_dot_product_attention, whose fused kernels keep the score matrix on chip.
         prunable: SDGP may run it on sparse tensor cores.
         reason: why it may not; empty when prunable.
-        fold_elements: of the [m, n] result that a separate pass must add up into the gradient of
+        fold_elements: of the [m, n] result that a separate pass must spread into the gradient of
             an image; 0 where the result is already the gradient.
     """
 
@@ -219,8 +219,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         forward, backward = ((m, n, k), (m, k, n)) if transposed else ((m, k, n), (m, n, k))
         self._add("conv", "forward", forward, groups, sizes)
         if image.requires_grad:
-            fold = 0 if taps == 1 and set(stride) == {1} and not any(padding) else m * n
+            fold = 0 if set(stride) == {1} else m * n
             reason = self._reason(wide, n, groups=groups)
+            if not reason and (taps > 1 or any(padding)):
+                reason = "only an unpadded 1x1 convolution runs sparse"
             order = (sizes[2], sizes[1], sizes[0])
             self._add("conv", "grad_input", backward, groups, order, reason=reason, fold=fold)
         if weight.requires_grad:

@@ -30,7 +30,7 @@ class GemmTime:
         dense: the dense GEMM.
         pack: pruning and packing the left operand; 0 when SDGP cannot take it.
         sparse: the sparse GEMM alone; 0 when SDGP cannot take it.
-        fold: adding im2col columns up into an image.
+        fold: spreading the pixels of a strided convolution into an image.
     """
 
     gemm: Gemm

@@ -76,13 +76,13 @@ def test_the_first_layer_has_no_grad_input_and_a_frozen_one_no_grad_weight() -> 
     ]
 
 
-def test_only_one_by_one_convolutions_need_no_folding() -> None:
+def test_a_strided_convolution_spreads_its_pixels() -> None:
     image = meta(2, 16, 8, 8).requires_grad_()
     point = nn.Conv2d(16, 32, 1, device="meta")
-    wide = nn.Conv2d(16, 32, 3, padding=1, device="meta")
-    folds = [by_role(trace_step(c, [image]).gemms)["grad_input"] for c in (point, wide)]
-    assert [g.fold_elements for g in folds] == [0, 2 * 8 * 8 * 16 * 9]
-    assert [(g.m, g.n, g.k) for g in folds] == [(128, 16, 32), (128, 144, 32)]
+    strided = nn.Conv2d(16, 32, 1, stride=2, device="meta")
+    folds = [by_role(trace_step(c, [image]).gemms)["grad_input"] for c in (point, strided)]
+    assert [g.fold_elements for g in folds] == [0, 2 * 4 * 4 * 16]
+    assert [(g.m, g.n, g.k) for g in folds] == [(128, 16, 32), (32, 16, 32)]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,8 @@ def test_only_one_by_one_convolutions_need_no_folding() -> None:
     [
         (nn.Linear(64, 40, device="meta"), (16, 64), "out 40 must divide by 16"),
         (nn.Conv2d(32, 32, 3, groups=2, device="meta"), (2, 32, 8, 8), "2 groups"),
+        (nn.Conv2d(32, 32, 3, padding=1, device="meta"), (2, 32, 8, 8), "only an unpadded 1x1"),
+        (nn.Conv2d(32, 32, 1, padding=1, device="meta"), (2, 32, 8, 8), "only an unpadded 1x1"),
         (nn.Conv1d(32, 32, 3, device="meta"), (2, 32, 8), "Conv1d is not a layer"),
         (nn.Linear(64, 64, device="meta"), (16, 64), "excluded by b*"),
     ],
