@@ -5,11 +5,6 @@ every other failure is a defect.
 """
 
 KNOWN: dict[str, str] = {
-    **dict.fromkeys(
-        (f"none {name} complex* *" for name in ("linear", "conv2d")),
-        "sdgp.functional refuses complex numbers under every method, and convert_ leaves complex "
-        "layers plain: pruning is defined for real gradients",
-    ),
     "ranks tp+fsdp2 magnitude after": (
         "a column-wise weight under fully_shard is split twice along its outputs; convert_ leaves "
         "the layer plain with that reason: convert before fully_shard"
