@@ -5,10 +5,6 @@ every other failure is a defect.
 """
 
 KNOWN: dict[str, str] = {
-    "ranks tp+fsdp2 magnitude after": (
-        "a column-wise weight under fully_shard is split twice along its outputs; convert_ leaves "
-        "the layer plain with that reason: convert before fully_shard"
-    ),
     "transformers Falcon *": (
         "FalconLinear is a subclass and may compute something else: convert_ leaves every layer "
         "of the model dense and raises, naming the reason"
