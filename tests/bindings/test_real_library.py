@@ -57,7 +57,8 @@ def test_init_without_a_gpu_is_a_clear_error(real: cslt.Library) -> None:
     except cslt.CusparseLtError as error:
         assert error.status == Status.NOT_INITIALIZED
         assert error.function == "cusparseLtInit"
-        assert "initialization error" in str(error)
+        if real.version >= (0, 8):  # older libraries have no texts of their own
+            assert "initialization error" in str(error)
         assert "no usable NVIDIA GPU or driver" in str(error)
         return
     assert handle.version() == real.version[1] * 100 + real.version[2]
