@@ -5,7 +5,10 @@ A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end of KIND -->``;
 - ``accuracy``: final metric, mean ± std over seeds, and in brackets the mean difference to dense
   of the same seed; a column for each result file of ``sdgp train``;
 - ``training-loss``: the same for the training loss at the end, means only;
-- ``gradient-bias``: the file of docs/gradient_bias.py.
+- ``gradient-bias``: the file of docs/gradient_bias.py;
+- ``steps-ratio``: R, steps to the same loss over those of dense training, from a sweep and dense
+  runs of other lengths;
+- ``gradient-quality``: R as docs/gradient_quality.py predicts it.
 """
 
 import json
@@ -16,12 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdgp_cusparselt.training.equal_loss import steps_ratios
 from sdgp_cusparselt.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
 BLOCK = re.compile(
-    r"<!-- (accuracy|training-loss|gradient-bias): ([^>]+) -->\n(?:.*?<!-- end of \1 -->\n)?",
+    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality): ([^>]+) -->\n"
+    r"(?:.*?<!-- end of \1 -->\n)?",
     re.DOTALL,
 )
 Cell = Callable[[dict[str, Any], int], str]
@@ -35,6 +40,10 @@ def with_tables(text: str) -> str:
         documents = [json.loads((ROOT / file).read_text(encoding="utf-8")) for file in files]
         if kind == "gradient-bias":
             table = bias_table(documents[0])
+        elif kind == "gradient-quality":
+            table = quality_table(documents[0])
+        elif kind == "steps-ratio":
+            table = ratio_table(documents)
         else:
             table = sweep_table(documents, metric_cell if kind == "accuracy" else loss_cell)
         return f"<!-- {kind}: {match[2]} -->\n{table}\n<!-- end of {kind} -->\n"
@@ -98,6 +107,35 @@ def bias_table(document: dict[str, Any]) -> str:
             bias = f"{statistics.median(row['bias'] for row in rows):.3f}"
             method = spelling.partition("@")[0]
             lines.append([task, method, step, mean, bias, step_first, mean_first])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ratio_table(documents: list[dict[str, Any]]) -> str:
+    """Return a row per method and length: its gap to dense and R, mean ± std over the seeds."""
+    pruned = {
+        (run["label"], run["steps"]): run["pruned_flop_share"]
+        for document in documents
+        for run in document["runs"]
+    }
+    lines = [["method", "steps", "grad_input pruned", "minus dense", "R"], ["---", *["---:"] * 4]]
+    for found in steps_ratios(documents):
+        gap = f"{statistics.fmean(found.gaps):+.3f} ± {statistics.stdev(found.gaps):.3f}"
+        ratio = f"{found.mean:.3f} ± {found.std:.3f}"
+        share = f"{pruned[found.label, found.steps]:.0%}"
+        lines.append([found.label, f"{found.steps:,}", share, gap, ratio])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def quality_table(document: dict[str, Any]) -> str:
+    """Return a row per way of pruning: predicted R at each step, and the bias at the middle one."""
+    points = document["measured_at"]
+    steps = sorted(points, key=int)
+    middle = steps[len(steps) // 2]
+    titles = ["way", *(f"R at step {step}" for step in steps), f"bias at {middle}"]
+    lines = [titles, ["---", *["---:"] * (len(steps) + 1)]]
+    for rows in zip(*(points[step] for step in steps), strict=True):
+        ratios = [f"{row['steps_ratio']:.3f}" for row in rows]
+        lines.append([rows[0]["name"], *ratios, f"{rows[len(steps) // 2]['bias']:.3f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -161,7 +161,8 @@ def test_measured_tables_are_what_the_result_files_say() -> None:
         assert len(bare) < len(text) and module.with_tables(bare) == text
         found += module.BLOCK.findall(text)
     kinds = {kind for kind, _ in found}
-    assert kinds == {"accuracy", "training-loss", "gradient-bias"} and len(found) >= 4
+    measured = {"accuracy", "training-loss", "gradient-bias", "steps-ratio", "gradient-quality"}
+    assert kinds == measured and len(found) >= 4
 
 
 def test_predictions_in_the_docs_are_what_the_planner_says() -> None:

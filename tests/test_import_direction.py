@@ -75,6 +75,7 @@ ORDER = {
         "tuning.policy tuning.child",
         "tuning.watchdog",
         "tuning.__init__",
+        "products.linear_operands products.conv_operands",
         "products.announce products.operands products.packers products.__init__",
         "products.routes products.sparse",
         "products.checks products.prepared products.selfcheck products.by_hand",
