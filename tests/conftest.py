@@ -40,3 +40,9 @@ def _nothing_prepared() -> None:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test learns away from the user's cache and from other tests."""
     monkeypatch.setenv("SDGP_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print as into a pipe: what starts the tests may have told them a terminal's width."""
+    monkeypatch.delenv("COLUMNS", raising=False)

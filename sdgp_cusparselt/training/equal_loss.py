@@ -53,23 +53,25 @@ def steps_to_loss(dense: Mapping[int, float], loss: float) -> float:
         loss: to reach, in the same unit.
 
     Returns:
-        Steps, a float. Infinity where even the longest run ends above the loss.
+        Steps, a float.
 
     Raises:
-        ValueError: the shortest run ends below the loss: how far below it would have to start is
-            not known.
+        ValueError: the loss lies outside those of the shortest and the longest run.
     """
     lengths = sorted(dense)
-    if loss > dense[lengths[0]]:
-        fix = "Add a shorter dense run."
-        rule = f"at most that of the shortest dense run, {dense[lengths[0]]:.4f}"
+    first, last = dense[lengths[0]], dense[lengths[-1]]
+    if not last <= loss <= first:
+        rule = (
+            f"between those of the longest and the shortest dense run, {last:.4f} and {first:.4f}"
+        )
+        fix = "Add a dense run of another length."
         raise value_error("steps_to_loss", "loss", rule, f"{loss:.4f}", fix)
     for short, long in itertools.pairwise(lengths):
         above, below = dense[short], dense[long]
         if below <= loss <= above:
             part = (above - loss) / (above - below) if above > below else 0.0
             return math.exp(math.log(short) + part * (math.log(long) - math.log(short)))
-    return math.inf
+    raise value_error("steps_to_loss", "dense", "falling with the steps", dict(dense), "Add seeds.")
 
 
 def steps_ratios(documents: Sequence[Mapping[str, Any]]) -> list[StepsRatio]:
@@ -80,7 +82,8 @@ def steps_ratios(documents: Sequence[Mapping[str, Any]]) -> list[StepsRatio]:
             lengths with the same seeds, and the methods.
 
     Raises:
-        ValueError: the metric is no loss, or a method's seed has no dense run to compare with.
+        ValueError: the metric is no loss, a method's seed has no dense run to compare with, or the
+            dense runs are all longer or all shorter than needed.
     """
     dense: dict[int, dict[int, float]] = {}
     others: dict[tuple[str, int], dict[int, float]] = {}

@@ -15,10 +15,10 @@ def test_steps_between_two_lengths_are_interpolated_in_their_logarithm() -> None
     assert steps_to_loss(DENSE, 2.5) == pytest.approx(500 * math.sqrt(2))
 
 
-def test_what_no_run_reached_is_said() -> None:
-    assert steps_to_loss(DENSE, 1.9) == math.inf
-    with pytest.raises(ValueError, match=r"at most that of the shortest dense run, 3\.0000"):
-        steps_to_loss(DENSE, 3.1)
+@pytest.mark.parametrize("loss", [1.9, 3.1])
+def test_a_loss_that_no_dense_run_frames_is_refused(loss: float) -> None:
+    with pytest.raises(ValueError, match=r"dense run, 2\.0000 and 3\.0000, got"):
+        steps_to_loss(DENSE, loss)
 
 
 def run(method: str, seed: int, steps: int, metric: float) -> dict[str, object]:
