@@ -154,7 +154,7 @@ class SumsVariant:
     @property
     def tile(self) -> Tile:
         """Blocks and warps."""
-        return Tile(64, 64, 2) if self.tokens else Tile(16, 256, 4)
+        return Tile(64, 64, 4) if self.tokens else Tile(16, 256, 4)
 
     @property
     def span(self) -> int:
@@ -188,7 +188,13 @@ def choose_tile(
             rows, cols = block_for(target.layout)
             block_m = max(block_m, cols if transposed else rows)
             block_k = max(block_k, rows if transposed else cols)
-    return Tile(block_m, block_k, tile.num_warps)
+    # On sm_80 two warps have too few registers for these two at once and would use the stack.
+    crowded = (
+        features is not None
+        and tokens is not None
+        and (features.method, tokens.method) == ("rescaled_magnitude", "mvue")
+    )
+    return Tile(block_m, block_k, 4 if crowded else tile.num_warps)
 
 
 def block_for(layout: MetadataLayout) -> tuple[int, int]:
