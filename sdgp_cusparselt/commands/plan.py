@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sdgp_cusparselt.cards.gpus import GPUS
-from sdgp_cusparselt.commands.arguments import UsageError, integer, output_file, sizes
+from sdgp_cusparselt.commands.arguments import UsageError, integer, number, output_file, sizes
 from sdgp_cusparselt.commands.console import Output
 from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.planner import report
@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include-heads", action="store_true", help="also prune the layers that make the outputs"
     )
     parser.add_argument(
+        "--steps-ratio",
+        type=number(0, above=True),
+        metavar="R",
+        help="steps to the same loss over those of dense training (sdgp quality): adds what the "
+        "speedup of a step is worth then",
+    )
+    parser.add_argument(
         "--results",
         type=Path,
         default=Path("bench/results"),
@@ -91,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
         plot(args.plot, problem, forecasts)
     output = Output(args)
-    output.write_json(report.as_json(problem, trace, forecasts, errors))
+    output.write_json(report.as_json(problem, trace, forecasts, errors, args.steps_ratio))
     _print(output, problem, trace, forecasts, errors, args)
     return 0
 
@@ -130,6 +137,8 @@ def _print(
     """Print a sentence for each card, the tables below, and where the numbers come from."""
     for result in forecasts:
         output.prose(report.verdict(result))
+    for result in forecasts if args.steps_ratio else ():
+        output.prose(report.time_to_loss(result, args.steps_ratio))
     output.print()
     output.print(report.overview(forecasts))
     output.print()

@@ -53,6 +53,20 @@ def shares(trace: Trace) -> dict[str, int]:
     return total | {"prunable": sum(g.flops for g in trace.gemms if g.prunable)}
 
 
+def time_to_loss(result: Forecast, steps_ratio: float) -> str:
+    """Return what a step's speedup is worth if the same loss takes R times as many steps.
+
+    time dense / time SDGP to the same loss = speedup / R
+
+    Args:
+        result: of one card.
+        steps_ratio: R, as ``sdgp quality`` predicts it.
+    """
+    worth = result.speedup / steps_ratio
+    word = "a win" if worth > 1 else "a loss" if worth < 1 else "neither win nor loss"
+    return f"{result.gpu.name}: with R = {steps_ratio:g}, {worth:.3f}x to the same loss: {word}."
+
+
 def verdict(result: Forecast) -> str:
     """Return what to expect of one card, in one sentence."""
     dense, sdgp = _step_ms(result)
@@ -207,9 +221,11 @@ def as_json(
     trace: Trace,
     forecasts: Sequence[Forecast],
     errors: Sequence[PredictionError],
+    steps_ratio: float | None = None,
 ) -> dict[str, Any]:
-    """Return the plan as plain data: every GEMM, every GPU, every source."""
+    """Return the plan as plain data: every GEMM, every GPU, every source; R if one was given."""
     return {
+        "steps_ratio": steps_ratio,
         "model": problem.name,
         "problem": problem.description,
         "parameters": trace.parameters,

@@ -59,6 +59,20 @@ def test_text_says_that_it_predicts_and_from_what(capsys: pytest.CaptureFixture[
         assert words in text
 
 
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_ratio_of_steps_turns_a_faster_step_into_win_or_loss(
+    capsys: pytest.CaptureFixture[str], wins: bool
+) -> None:
+    arguments = ["--model", TINY, "--shape", "2048x64", "--batch", "4", "--gpu", "A100"]
+    gain = json.loads(plan(capsys, *arguments, "--json", "-"))["gpus"][0]["step_speedup"]
+    ratio = round(gain - 0.01 if wins else gain + 0.01, 3)
+    text = " ".join(plan(capsys, *arguments, "--steps-ratio", str(ratio)).split())
+    worth = f"{gain / ratio:.3f}x to the same loss: {'a win' if wins else 'a loss'}."
+    assert f"A100: with R = {ratio:g}, {worth}" in text
+    assert main(["plan", *arguments, "--steps-ratio", "0"]) == 2
+    assert "--steps-ratio: must be a number above 0, got '0'" in capsys.readouterr().err
+
+
 def test_excluded_layers_stay_dense(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", TINY, "--shape", "512x64", "--json", "-", "--gpu", "A100"]
     data = json.loads(plan(capsys, *arguments, "--exclude", "2"))
