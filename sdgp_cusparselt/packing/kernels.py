@@ -35,8 +35,14 @@ from sdgp_cusparselt.packing.sums import tokens_sums_kernel as tokens_sums_kerne
 POINTERS = {
     "pack_kernel": (torch.int32, torch.int32, torch.int32, *(torch.float32,) * 3, torch.int64),
     "produced_kernel": (
-        *(torch.int32,) * 3, torch.int16, torch.float32,
-        *(torch.int32,) * 3, torch.float32, *(torch.int32,) * 3, torch.float32, torch.int64,
+        *(torch.int32,) * 3,
+        torch.int16,
+        torch.float32,
+        *(torch.int32,) * 3,
+        torch.float32,
+        *(torch.int32,) * 3,
+        torch.float32,
+        torch.int64,
     ),
     "prune_kernel": (torch.int32, torch.int32, torch.float32, torch.int64),
     "features_sums_kernel": (torch.int32, torch.float32, torch.float32),

@@ -59,7 +59,7 @@ def _activation_row(
 
 @triton.jit
 def _cross_entropy_row(
-    logits_ptr, rows_ptr, row, pair, num_rows, num_octets, row_octets, EDGES: tl.constexpr,
+    logits_ptr, rows_ptr, row, pair, num_octets, row_octets, EDGES: tl.constexpr,
     DTYPE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Rows of words of the gradient of logits; rows_ptr: see ``producing.cross_entropy_rows``."""
@@ -166,16 +166,16 @@ def produced_kernel(
     pair = col0 // 2 + tl.arange(0, BLOCK_K // 2)
     if PRODUCER == CROSS_ENTROPY:
         x0 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row, pair, num_rows, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
         )  # fmt: skip
         x1 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row + 1, pair, num_rows, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row + 1, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
         )  # fmt: skip
         x2 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row + 2, pair, num_rows, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row + 2, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
         )  # fmt: skip
         x3 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row + 3, pair, num_rows, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row + 3, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
         )  # fmt: skip
         y0, y1, y2, y3 = x0, x1, x2, x3
     else:

@@ -163,20 +163,22 @@ def cross_entropy_rows(
     lse: Tensor,
     target: Tensor,
     row_scale: Tensor,
-    num_classes: int,
+    columns: int,
     covered_rows: int,
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    first: int = 0,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Return what the kernel knows of each row of logits.
 
     g = 2**(logit log2(e) + shift) * weight + base, and + hit in the column of the target
 
     Args:
-        lse, target, row_scale, label_smoothing, z_loss: see
+        lse, target, row_scale, label_smoothing, z_loss, first, vocabulary: see
             ``pruning.producers.cross_entropy_gradient``.
-        num_classes: V.
+        columns: of the logits.
         covered_rows: of the prepared call.
 
     Returns:
@@ -186,16 +188,17 @@ def cross_entropy_rows(
     """
     table = lse.new_zeros((covered_rows, _ROW_FLOATS), dtype=torch.float32)
     kept = row_scale != 0
-    target = torch.where(kept, target, 0)
-    odd = target & 1
+    column = target - first
+    column = torch.where(kept & (column >= 0) & (column < columns), column, -2)
+    odd = column & 1
     hit = row_scale * (label_smoothing - 1)
     columns = (
         lse * -math.log2(math.e),
         row_scale * (1 + 2 * z_loss * lse),
-        row_scale * (-label_smoothing / num_classes),
+        row_scale * (-label_smoothing / (vocabulary or columns)),
         hit * (1 - odd),
         hit * odd,
-        target >> 1,
+        column >> 1,
     )
     stacked = torch.stack([column.float() for column in columns], 1)
     table[: len(lse), : len(columns)] = torch.where(kept[:, None], stacked, 0.0)

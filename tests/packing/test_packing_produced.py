@@ -109,6 +109,7 @@ def run_kernel(
         tensors[4] = cross_entropy_rows(
             producer.lse, producer.target, producer.row_scale, cols, prepared.covered_rows,
             label_smoothing=producer.label_smoothing, z_loss=producer.z_loss,
+            first=producer.first, vocabulary=producer.vocabulary,
         ).to(device)  # fmt: skip
     made, addresses = Made([], [], [], []), []
     for _ in range(2 if kind.gated else 1):
@@ -180,6 +181,8 @@ def exact(producer: Producer) -> tuple[Tensor, ...]:
         producer.row_scale.double(),
         producer.label_smoothing,
         producer.z_loss,
+        producer.first,
+        producer.vocabulary,
     ).gradients()
 
 
@@ -292,6 +295,19 @@ def test_the_gradient_of_a_cross_entropy(
     assert ((got - true).abs() <= UNIT[dtype] * (true.abs() + error) + error + tiny).all()
     assert (got[5] == 0).all()
     assert_packed(made, "mvue", layouts.PLAIN)
+
+
+def test_a_slice_of_the_vocabulary_is_a_slice_of_the_gradient(device: str) -> None:
+    whole = head(20, 200, torch.bfloat16, 0.1)
+    dense = run_kernel(whole, device=device).dense[0]
+    for first, last in ((0, 64), (64, 72), (72, 200)):
+        part = CrossEntropyBackward(
+            whole.logits[:, first:last], whole.lse, whole.target, whole.row_scale,
+            whole.label_smoothing, whole.z_loss, first, 200,
+        )  # fmt: skip
+        made = run_kernel(part, "mvue", device=device)
+        assert cases.same_bits(made.dense[0], dense[:, first:last])
+        assert_packed(made, "mvue", layouts.PLAIN)
 
 
 def test_an_overflow_of_logits_stays_visible(device: str) -> None:
