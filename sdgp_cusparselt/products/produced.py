@@ -50,6 +50,8 @@ class FusedLinear:
         row_major: whether the weight lies so in memory: torch's own product depends on it.
         config: how to prune; in a compiled backward its text.
         record: of the layer; in a compiled backward its token.
+        pruned: whether grad_input and grad_weight are pruned; None looks it up in config, which a
+            compiled backward cannot.
     """
 
     weight: Tensor | None
@@ -58,6 +60,7 @@ class FusedLinear:
     row_major: bool
     config: SDGPConfig | str
     record: LayerRecord | int
+    pruned: tuple[bool, bool] | None = None
 
 
 def produced_grads(
@@ -75,8 +78,9 @@ def produced_grads(
     Raises:
         NotSupportedError, EquivalenceError: see ``dispatch.run``.
     """
-    grad_outputs = producer.gradients()
-    return tuple(_ordinary(g, layer) for g, layer in zip(grad_outputs, layers, strict=True))
+    pairs = zip(producer.gradients(), layers, strict=True)
+    # From the last to the first, as autograd comes to them, so that the same numbers are drawn.
+    return tuple([_ordinary(g, layer) for g, layer in list(pairs)[::-1]][::-1])
 
 
 def _ordinary(grad_output: Tensor, layer: FusedLinear) -> LayerGradients:
@@ -87,14 +91,13 @@ def _ordinary(grad_output: Tensor, layer: FusedLinear) -> LayerGradients:
         calls = ops
         config = config if isinstance(config, str) else config.text
         record = record if isinstance(record, int) else record.token
-    choices = SDGPConfig.from_text(config) if isinstance(config, str) else config
-    sparse_weight = choices.grad_weight == "sparse"
+    prunes, sparse_weight = layer.pruned or _pruned(layer.config)
     need_input, need_weight, need_bias = layer.needs
     flat = _tokens(grad_output)
     tokens = None if layer.input is None or not need_weight else _tokens(layer.input)
     grad_input: Tensor | None = None
     grad_weight: Tensor | None = None
-    if need_input and need_weight and choices.prunes and sparse_weight:
+    if need_input and need_weight and prunes and sparse_weight:
         grad_input, grad_weight = calls.linear_grads(
             grad_output, layer.weight, tokens, config, record
         )
@@ -103,7 +106,7 @@ def _ordinary(grad_output: Tensor, layer: FusedLinear) -> LayerGradients:
             assert layer.weight is not None  # saved where grad_input is needed
             grad_input = (
                 calls.linear_grad_input(grad_output, layer.weight, config, record)
-                if choices.prunes
+                if prunes
                 else dense_linear_grad_input(grad_output, layer.weight)
             )
         if tokens is not None:
@@ -113,6 +116,11 @@ def _ordinary(grad_output: Tensor, layer: FusedLinear) -> LayerGradients:
                 else _dense_grad_weight(flat, tokens, layer.row_major)
             )
     return LayerGradients(grad_input, grad_weight, flat.sum(0) if need_bias else None)
+
+
+def _pruned(config: SDGPConfig | str) -> tuple[bool, bool]:
+    choices = SDGPConfig.from_text(config) if isinstance(config, str) else config
+    return choices.prunes, choices.grad_weight == "sparse"
 
 
 def _tokens(x: Tensor) -> Tensor:
