@@ -12,7 +12,7 @@ from sdgp_cusparselt.layers.autograd import pruned_conv2d, pruned_linear
 from sdgp_cusparselt.layers.plain import conv2d_prunes, linear_prunes, may_prune
 from sdgp_cusparselt.recording.records import LayerRecord
 
-_NO_RECORD = LayerRecord()
+NO_RECORD = LayerRecord()
 #: One number for both directions, or one for each.
 Pair = int | Sequence[int]
 
@@ -57,8 +57,8 @@ def linear(
     Source:
         SDGP (arXiv 2202.00774), section on the data gradient.
     """
-    _check("linear", config, input, weight)
-    record = _NO_RECORD if record is None else record
+    check("linear", config, input, weight)
+    record = NO_RECORD if record is None else record
     if not linear_prunes(input, weight, config, record):
         return F.linear(input, weight, bias)
     return pruned_linear(input, weight, bias, config, record)
@@ -105,8 +105,8 @@ def conv2d(
     Source:
         SDGP (arXiv 2202.00774); groups along channels whatever the memory format is.
     """
-    _check("conv2d", config, input, weight)
-    record = _NO_RECORD if record is None else record
+    check("conv2d", config, input, weight)
+    record = NO_RECORD if record is None else record
     steps, reach = _pair("stride", stride), _pair("dilation", dilation)
     edges = _edges(padding, steps)
     images = weight.ndim == 4 and input.ndim in (3, 4)  # torch says what is wrong with others
@@ -122,7 +122,8 @@ def conv2d(
     return output if input.ndim == 4 else output.squeeze(0)
 
 
-def _check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> None:
+def check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> None:
+    """Raise unless config is an SDGPConfig without a schedule, and what it prunes is real."""
     check_config(function, config)
     if config.schedule is not None:
         fix = "Pass config.at(step); only layers that convert_ made follow a schedule."
