@@ -36,7 +36,7 @@ ORDER = {
         "pruning.methods",
         "pruning.compiled",
         "pruning.__init__",
-        "packing.layout",
+        "packing.layout packing.heavy",
         "packing.nibbles packing.drawing",
         "packing.packed",
         "packing.trials",

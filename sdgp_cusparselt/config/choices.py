@@ -34,6 +34,8 @@ class SDGPConfig:
         m: group size, at most 32. 2:4 and 1:4 run on hardware, every other pattern is emulated.
         beta: mask decay of grad_input: kept + beta * (grad_output - kept), with kept the pruned
             gradient. 0 prunes, 1 is dense; between them the gradient has no zeros: emulated.
+        heavy_tokens: share of a linear layer's tokens, those of largest gradient, whose grad_input is
+            exact; 0 is none. Each costs a second row in the same sparse product. For mvue 2:4.
         grad_weight: "dense" as in the paper, or "sparse": grad_output pruned 2:4 along tokens.
         grad_weight_prune: method for that pruning; mvue, because a biased one does not train.
         backend: "auto": sparse or plain where the tensors' device has sparse tensor cores, emulated
@@ -65,6 +67,7 @@ class SDGPConfig:
     n: int = 2
     m: int = 4
     beta: float = 0.0
+    heavy_tokens: float = 0.0
     grad_weight: GradWeightMode = "dense"
     grad_weight_prune: PruneMethod = "mvue"
     backend: BackendName = "auto"
@@ -89,6 +92,8 @@ class SDGPConfig:
                 self._check_schedule()
             elif name == "beta":
                 self._check_beta()
+            elif name == "heavy_tokens":
+                self._check_heavy_tokens()
             elif choices:
                 self._check_choice(name, value, choices)
             else:
@@ -109,6 +114,19 @@ class SDGPConfig:
             raise type_error("SDGPConfig", "beta", "a number", repr(self.beta), "0 prunes.")
         if not 0 <= self.beta <= 1:
             raise value_error("SDGPConfig", "beta", "in 0..1", self.beta, "0 prunes, 1 is dense.")
+
+    def _check_heavy_tokens(self) -> None:
+        share = self.heavy_tokens
+        if not isinstance(share, int | float) or isinstance(share, bool):
+            fix = "0.06 keeps 6 % of them."
+            raise type_error("SDGPConfig", "heavy_tokens", "a number", repr(share), fix)
+        if not 0 <= share <= 1:
+            fix = "0.06 keeps 6 % of them."
+            raise value_error("SDGPConfig", "heavy_tokens", "in 0..1", share, fix)
+        if share and ((self.prune, self.n, self.m) != ("mvue", 2, 4) or self.beta):
+            rule, got = "0 but for mvue 2:4 without beta", f"{share} with {self.prune} {self.n}:{self.m}"
+            fix = "Use prune='mvue': what is not heavy has to be unbiased."
+            raise value_error("SDGPConfig", "heavy_tokens", rule, got, fix)
 
     def _check_schedule(self) -> None:
         given: object = self.schedule
@@ -182,6 +200,8 @@ class SDGPConfig:
             parts.append(f"beta={self.beta:.3g}")
         if self.prunes and not self.on_hardware:
             parts.append("(emulated)")
+        if self.heavy_tokens:
+            parts.append(f"heavy_tokens={self.heavy_tokens:.3g}")
         if self.grad_weight == "sparse":
             parts.append(f"grad_weight={self.grad_weight_prune}")
         if self.backend != "auto":
@@ -207,6 +227,8 @@ def _at_stage(config: SDGPConfig, stage: Stage) -> SDGPConfig:
         changes["beta"] = config.beta
     if stage.prune == "none":
         changes["grad_weight"] = "dense"
+    if (stage.prune, stage.n, stage.m, changes["beta"]) != ("mvue", 2, 4, 0):
+        changes["heavy_tokens"] = 0.0
     return config.replace(**changes)
 
 
