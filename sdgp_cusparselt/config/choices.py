@@ -34,8 +34,9 @@ class SDGPConfig:
         m: group size, at most 32. 2:4 and 1:4 run on hardware, every other pattern is emulated.
         beta: mask decay of grad_input: kept + beta * (grad_output - kept), with kept the pruned
             gradient. 0 prunes, 1 is dense; between them the gradient has no zeros: emulated.
-        heavy_tokens: share of a linear layer's tokens, those of largest gradient, whose grad_input is
-            exact; 0 is none. Each costs a second row in the same sparse product. For mvue 2:4.
+        heavy_tokens: share of a linear layer's tokens, those of largest gradient, that grad_input
+            takes exactly; each costs a second row of the same sparse product. Only with mvue 2:4;
+            convolutions have none.
         grad_weight: "dense" as in the paper, or "sparse": grad_output pruned 2:4 along tokens.
         grad_weight_prune: method for that pruning; mvue, because a biased one does not train.
         backend: "auto": sparse or plain where the tensors' device has sparse tensor cores, emulated
@@ -124,7 +125,10 @@ class SDGPConfig:
             fix = "0.06 keeps 6 % of them."
             raise value_error("SDGPConfig", "heavy_tokens", "in 0..1", share, fix)
         if share and ((self.prune, self.n, self.m) != ("mvue", 2, 4) or self.beta):
-            rule, got = "0 but for mvue 2:4 without beta", f"{share} with {self.prune} {self.n}:{self.m}"
+            rule, got = (
+                "0 but for mvue 2:4 without beta",
+                f"{share} with {self.prune} {self.n}:{self.m}",
+            )
             fix = "Use prune='mvue': what is not heavy has to be unbiased."
             raise value_error("SDGPConfig", "heavy_tokens", rule, got, fix)
 

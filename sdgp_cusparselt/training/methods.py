@@ -174,7 +174,9 @@ def parse_method(text: str) -> Method:
 
 def _is_known(match: re.Match[str]) -> bool:
     if match["prune"] == DENSE:
-        return not match["n"] and not any(match[part] for part in ("grad_weight", "preset", "heavy"))
+        return not match["n"] and not any(
+            match[part] for part in ("grad_weight", "preset", "heavy")
+        )
     return match["prune"] in METHODS and match["grad_weight"] in (None, *METHODS)
 
 

@@ -240,6 +240,7 @@ class Contest:
         self, candidate: Candidate, x: Tensor, dense: Tensor
     ) -> Callable[[], Callable[[], object]]:
         def run() -> object:
+            self.rival.before(x)
             packed = self._pack_now(candidate, x)
             product = self.executor.matmul(packed, dense, self.key.gemm, candidate)
             return self.rival.finish(product)
