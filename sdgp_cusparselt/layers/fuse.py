@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.layers.activations import spelling_of_module
-from sdgp_cusparselt.layers.chains import Child, Function, Gated, Link, chain_of
+from sdgp_cusparselt.layers.chains import Child, Gated, Link, chain_of
 from sdgp_cusparselt.layers.convert import converted_layers, unwrapped
 from sdgp_cusparselt.layers.fused_modules import (
     Fused,

@@ -26,6 +26,7 @@ from sdgp_cusparselt.packing.variants import (
     PackVariant,
     PruneVariant,
     Target,
+    Tile,
     choose_tile,
 )
 
@@ -291,6 +292,25 @@ def prepare_prune(
         tile.num_warps,
     )
     return PreparedPrune(method in STOCHASTIC, seeds_in_memory, start)
+
+
+def blocks_of(
+    shape: tuple[int, int], dtype: torch.dtype, features: Target
+) -> tuple[Tile, tuple[int, int, int], Target, int]:
+    """Return blocks, grid, the target with its share of the tail, and the tail, of one operand.
+
+    Args:
+        shape: rows and columns of the operand.
+        dtype: of its elements.
+        features: how it is packed, along its columns.
+    """
+    covered = _covered(shape, dtype, features, None)
+    tile = choose_tile(*covered, features, None)
+    grid = grid_of(covered, tile.block_m, tile.block_k)
+    tail = _tail(features, shape, dtype)
+    shared = _sharing_tail(features, tail, grid[0] * grid[1] * grid[2])
+    assert shared is not None  # of a target
+    return tile, grid, shared, tail
 
 
 def _target(method: str | None, layout: MetadataLayout | None) -> Target | None:
