@@ -80,7 +80,7 @@ def configs_of(
     if preset == "all":
         return {"*": config}, {}
     both = config.replace(grad_weight="sparse") if preset == "balanced" else config
-    weight_only = both.replace(prune="none") if preset == "balanced" else None
+    weight_only = both.replace(prune="none", heavy_tokens=0.0) if preset == "balanced" else None
     chosen: dict[str, SDGPConfig | None] = {}
     reasons: dict[str, str] = {}
     for name in _names_of_linears(model):

@@ -16,6 +16,10 @@ import triton.language as tl
 
 from sdgp_cusparselt.packing.directions import store_words, write_operands
 from sdgp_cusparselt.packing.halves import HIGH_HALVES, LOW_HALVES, permute
+from sdgp_cusparselt.packing.heavy_kernels import add_rest_kernel as add_rest_kernel
+from sdgp_cusparselt.packing.heavy_kernels import heaviest_kernel as heaviest_kernel
+from sdgp_cusparselt.packing.heavy_kernels import pack_heavy_kernel as pack_heavy_kernel
+from sdgp_cusparselt.packing.heavy_kernels import row_energies_kernel as row_energies_kernel
 from sdgp_cusparselt.packing.produced import produced_kernel as produced_kernel
 from sdgp_cusparselt.packing.quads import (
     block_start,
@@ -47,6 +51,10 @@ POINTERS = {
     "prune_kernel": (torch.int32, torch.int32, torch.float32, torch.int64),
     "features_sums_kernel": (torch.int32, torch.float32, torch.float32),
     "tokens_sums_kernel": (torch.int32, torch.float32, torch.float32),
+    "row_energies_kernel": (torch.int32, torch.float32),
+    "heaviest_kernel": (torch.float32, torch.int32, torch.int32),
+    "pack_heavy_kernel": (*(torch.int32,) * 4, torch.int64),
+    "add_rest_kernel": (torch.int32, torch.int32),
 }
 # Never compiled for a value: one binary serves every shape.
 SIZES = ("num_rows", "num_octets", "row_octets", "rows_per_ratio", "features_tail", "tokens_tail")
