@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error, value_error
+from sdgp_cusparselt.layers.fused_modules import FusedModule, check_unfusable, unfuse_module_
 from sdgp_cusparselt.layers.modules import (
     SDGPModule,
     adopt_,
@@ -114,7 +115,7 @@ def _patterns(
 
 
 def revert_(model: nn.Module) -> list[str]:
-    """Turn every converted layer of a model back into its plain class, in place.
+    """Turn every converted layer of a model back into its plain class, in place; unfuse it first.
 
     Args:
         model: any module, converted or not.
@@ -127,8 +128,13 @@ def revert_(model: nn.Module) -> list[str]:
             converted. The model is then unchanged.
     """
     layers = _layers(unwrapped(model))
+    fused = [module for module in unwrapped(model).modules() if isinstance(module, FusedModule)]
     for _, module in layers:
         check_releasable("revert_", module)
+    for whole in fused:
+        check_unfusable("revert_", whole)
+    for whole in fused:
+        unfuse_module_(whole)
     for _, module in layers:
         release_(module)
     return [name for name, _ in layers]
@@ -245,6 +251,19 @@ def _reason_against(
         return f"{what}, so it stands at the input and needs no grad_input"
     if config.prunes and reduced % config.m:
         return f"reduces over {reduced} outputs, no multiple of m = {config.m}"
+    return _reason_against_pruning_weight(module, config, reduced)
+
+
+def _reason_against_pruning_weight(
+    module: nn.Module, config: SDGPConfig, outputs: int
+) -> str | None:
+    if not config.masks_weight:
+        return None
+    inputs, m = _weight(module).shape[1], config.weight_m
+    if inputs % m:
+        return f"its weight has {inputs} inputs, no multiple of weight_m = {m}"
+    if config.grad_input == "weight" and outputs % m:
+        return f"its weight has {outputs} outputs, no multiple of weight_m = {m}"
     return None
 
 
