@@ -206,7 +206,7 @@ def prepare_heavy(
     choice = prepare_choice(shape, row_stride, dtype, device, share)
     tall = (shape[0] + choice.capacity, shape[1])
     blocks = blocks_of(tall, dtype, Target("mvue", layout), None)
-    tile, target = blocks.tile, blocks.features
+    tile, grid, target = blocks.tile, blocks.grid, blocks.features
     assert target is not None  # as given
     constants = {
         "IN_MEMORY": seeds_in_memory,
@@ -217,9 +217,7 @@ def prepare_heavy(
         "BLOCK_K": tile.block_k,
     }
     sizes = (shape[0], choice.capacity, shape[1] // OCTET, row_stride // OCTET, blocks.tails[0])
-    pack = prepare_kernel(
-        "pack_heavy_kernel", device, blocks.grid, sizes, constants, tile.num_warps
-    )
+    pack = prepare_kernel("pack_heavy_kernel", device, grid, sizes, constants, tile.num_warps)
     return PreparedHeavy(choice, buffer_nbytes(tall, dtype, layout), pack)
 
 

@@ -56,7 +56,7 @@ def usable(line: SparseProduct | None) -> SparseProduct | None:
     """Return a sparse product's line if its operand is one that a maker can write, else None."""
     if type(line) is not SparseProduct or line.wanted is None or line.tail:
         return None
-    return None if getattr(line, "heavy", None) is not None else line
+    return None if line.heavy is not None else line
 
 
 class ProducedLine:
