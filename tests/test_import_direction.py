@@ -81,7 +81,7 @@ ORDER = {
         "products.linear_operands products.conv_operands products.weight_operands",
         "products.announce products.operands products.packers products.__init__",
         "products.heavy",
-        "products.routes products.sparse products.makers products.weight_product",
+        "products.routes products.sparse products.weight_product products.makers",
         "products.produced_line products.maker_check",
         "products.checks products.prepared products.selfcheck products.by_hand",
         "products.dispatch",

@@ -148,7 +148,7 @@ def _by_line(
                 record.calls[product, "sparse"] += 1
         if grad_input is not None:
             grad_input = grad_input.view(*leading, grad_input.shape[-1])
-        found.append(LayerGradients(grad_input, grad_weight, bias))
+        found.append(LayerGradients(grad_input, grad_weight, bias if layer.needs.bias else None))
     return tuple(found)
 
 
@@ -191,8 +191,10 @@ def _line(
     sums = any(layer.needs.bias for layer in layers)
     asked = asked_of(pairs, flat.shape[0], any(lacks), sums)
     packs = any(line is not None for pair in pairs for line in pair)
-    # On a CPU the twin alone saves nothing; on a GPU the kernel is one pass where it makes several.
-    if asked is None or not (packs or flat.is_cuda):
+    # Without packing the kernel saves something on a GPU alone, where the twin is several passes.
+    kind = kind_of(producer)
+    several = kind.gated or kind.masked or kind.name in ("relu_squared", "cross_entropy")
+    if asked is None or not (packs or (flat.is_cuda and several)):
         return None
     maker = maker_for(producer, asked)
     if maker is None:
