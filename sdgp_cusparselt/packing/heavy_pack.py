@@ -205,7 +205,9 @@ def prepare_heavy(
     """
     choice = prepare_choice(shape, row_stride, dtype, device, share)
     tall = (shape[0] + choice.capacity, shape[1])
-    tile, grid, target, tail = blocks_of(tall, dtype, Target("mvue", layout))
+    blocks = blocks_of(tall, dtype, Target("mvue", layout), None)
+    tile, grid, target = blocks.tile, blocks.grid, blocks.features
+    assert target is not None  # as given
     constants = {
         "IN_MEMORY": seeds_in_memory,
         "DTYPE": triton_dtype(dtype),
@@ -214,7 +216,7 @@ def prepare_heavy(
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
     }
-    sizes = (shape[0], choice.capacity, shape[1] // OCTET, row_stride // OCTET, tail)
+    sizes = (shape[0], choice.capacity, shape[1] // OCTET, row_stride // OCTET, blocks.tails[0])
     pack = prepare_kernel("pack_heavy_kernel", device, grid, sizes, constants, tile.num_warps)
     return PreparedHeavy(choice, buffer_nbytes(tall, dtype, layout), pack)
 

@@ -107,6 +107,9 @@ def gradient(
         ValueError: an activation without a twin.
     """
     _known("gradient", activation)
+    if up is None and mask is None and activation != "relu_squared":
+        # Already float32 inside, and rounded once.
+        return (_activation_backward(activation, upstream, pre).contiguous(),)
 
     def part(g: Tensor, x: Tensor, u: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
         wide, x = _wide(g), _wide(x)
@@ -128,36 +131,46 @@ def cross_entropy_gradient(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    first: int = 0,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Return the gradient of the logits under cross-entropy with label smoothing and z-loss.
 
     g[i, j] = row_scale[i] * (exp(logits[i, j] - lse[i]) * (1 + 2 * z_loss * lse[i])
-                              - (1 - eps) * [j = target[i]] - eps / V),  eps = label_smoothing
+                              - (1 - eps) * [first + j = target[i]] - eps / V)
+    eps = label_smoothing
 
     Args:
-        logits: [M, V].
-        lse: [M] float32, logsumexp of each row.
-        target: [M] int64 or int32. Not looked at where row_scale is 0.
+        logits: [M, C], all classes or a slice of them; rows may lie further apart.
+        lse: [M] float32, logsumexp of each whole row.
+        target: [M] int64 or int32. Not looked at where row_scale is 0; a class outside the slice
+            is in no column.
         row_scale: [M] float32: what a row's loss weighs times the gradient of the loss. Where it is
             0 the row is zero whatever the logits are: so are ignored rows.
         label_smoothing: eps, 0 to 1.
         z_loss: what lse**2 weighs in the loss.
+        first: the class of column 0.
+        vocabulary: V, all classes; C if None.
 
     Returns:
-        [M, V] of the logits' dtype, contiguous.
+        [M, C] of the logits' dtype, contiguous.
     """
+
+    classes = logits.shape[1]
+    vocabulary = classes if vocabulary is None else vocabulary
 
     def part(x: Tensor, m: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         kept, wide = s != 0, _wide(x)
         m, s = m.to(wide.dtype), s.to(wide.dtype)
         # A row that is ignored may hold anything, and have a target that is no class.
-        m, t = torch.where(kept, m, 0.0), torch.where(kept, t, 0).long()
-        g = torch.where(kept[:, None], wide - m[:, None], 0.0).exp_()
+        m, column = torch.where(kept, m, 0.0), t.long() - first
+        here = kept & (column >= 0) & (column < classes)
+        g = torch.where(kept[:, None], wide - m[:, None], -torch.inf).exp_()
         g.mul_((s * (1 + 2 * z_loss * m))[:, None])
         if label_smoothing:
-            g.sub_((s * (label_smoothing / x.shape[1]))[:, None])
-        hit = (s * (1 - label_smoothing))[:, None]
-        return (g.scatter_add_(1, t[:, None], -hit),)
+            g.sub_((s * (label_smoothing / vocabulary))[:, None])
+        hit = torch.where(here, s * (label_smoothing - 1), 0.0)
+        return (g.scatter_add_(1, torch.where(here, column, 0)[:, None], hit[:, None]),)
 
     return _by_rows(part, 1, logits, lse, target, row_scale)[0]
 
@@ -189,12 +202,14 @@ class CrossEntropyBackward:
     """What makes the grad_output of a head: see ``cross_entropy_gradient``.
 
     Attributes:
-        logits: [M, V].
+        logits: [M, C].
         lse: [M] float32.
         target: [M] int64 or int32.
         row_scale: [M] float32, 0 where a row is ignored.
         label_smoothing: eps.
         z_loss: what lse**2 weighs.
+        first: the class of column 0.
+        vocabulary: all classes; C if None.
     """
 
     logits: Tensor
@@ -203,6 +218,8 @@ class CrossEntropyBackward:
     row_scale: Tensor
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    first: int = 0
+    vocabulary: int | None = None
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return ``cross_entropy_gradient`` of these, alone in a tuple."""
@@ -214,6 +231,8 @@ class CrossEntropyBackward:
                 self.row_scale,
                 label_smoothing=self.label_smoothing,
                 z_loss=self.z_loss,
+                first=self.first,
+                vocabulary=self.vocabulary,
             ),
         )
 
