@@ -19,6 +19,7 @@ from sdgp_cusparselt.packing.variants import PackVariant, ProducedVariant, Produ
 
 #: Of the time that the bytes take.
 LIMIT = 1.05
+EDGES_LIMIT = 1.06
 LIMITED = ("A100-80", "H100")
 
 
@@ -152,12 +153,21 @@ def produced_report(case: ProducedCase) -> dict[str, Any]:
     return answer
 
 
+def limit_of(case: ProducedCase) -> float:
+    """Return what a case is held to: more where columns beyond a row are cleared one by one.
+
+    That is asked for smoothed labels over a vocabulary that is no multiple of a block: a gradient
+    of 4.25 bytes an element that takes a few more instructions than both packs leave.
+    """
+    return EDGES_LIMIT if case.edges else LIMIT
+
+
 def over_budget(case: ProducedCase, answer: dict[str, Any]) -> list[str]:
     """Return what a case exceeds: the time of its bytes, stack, narrow accesses."""
     over = [
-        f"{card}: {ratio:.3f} of the time of its bytes, budget {LIMIT}"
+        f"{card}: {ratio:.3f} of the time of its bytes, budget {limit_of(case)}"
         for card, ratio in answer["modelled_floors"].items()
-        if card in LIMITED and ratio > LIMIT and case not in KNOWN
+        if card in LIMITED and ratio > limit_of(case)
     ]
     if answer["stack"]:
         over.append(f"{answer['stack']} bytes of stack")
@@ -166,7 +176,3 @@ def over_budget(case: ProducedCase, answer: dict[str, Any]) -> list[str]:
     narrow = [width for width in answer["loads"] if width not in (*word, *WIDE)]
     narrow += [width for width in answer["stores"] if width not in (WORD, *WIDE)]
     return [*over, *([f"accesses of {narrow} bytes"] if narrow else [])]
-
-
-#: What is bound by instructions all the same, and why.
-KNOWN: dict[ProducedCase, str] = {}

@@ -87,6 +87,8 @@ ORDER = {
         "products.dispatch",
         "products.backward products.weights",
         "products.operators",
+        "products.produced_layers",
+        "products.produced_run",
         "products.produced",
         "layers.casting layers.shards layers.activations layers.weight_masks",
         "layers.plain",
