@@ -43,7 +43,7 @@ lint: $(STAMP)
 # an installation of what it needs and no more.
 demo: $(DEMO)
 	$(BIN)/python -m sdgp_cusparselt train digits --seeds 3 --epochs 5 \
-	  --methods dense,magnitude,rescaled_magnitude,random --out runs/demo/digits --overwrite
+	  --methods dense,magnitude,mvue,random --out runs/demo/digits --overwrite
 	$(BIN)/python -m sdgp_cusparselt train code-lm --steps 200 \
 	  --methods dense,magnitude,mvue --out runs/demo/code-lm --overwrite
 

@@ -26,6 +26,8 @@ import markdown
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = (1280, 400)
+#: An error page, and one of hundreds of screens; both can be asked for by --pages.
+LEFT_OUT = ("404", "internals")
 #: Blink's numbers of the two colour schemes that a page can be asked for.
 SCHEMES = {"light": 1, "dark": 0}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--site", type=Path, default=ROOT / "site")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "look")
-    parser.add_argument("--pages", default="", help="names without .html; all by default")
+    parser.add_argument("--pages", default="", help="names without .html")
     parser.add_argument("--height", type=int, default=900, help="pixels from the top")
     options = parser.parse_args(arguments)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -89,11 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--site must be a built site, got {options.site}. Run: make docs")
     wrong = []
     with (
-        tempfile.TemporaryDirectory() as folder,
-        served(assemble(options.site, Path(folder))) as url,
+        tempfile.TemporaryDirectory() as made,
+        served(assemble(options.site, folder := Path(made))) as url,
     ):
-        names = sorted(path.stem for path in Path(folder).glob("site/*.html"))
-        asked = options.pages.split(",") if options.pages else [n for n in names if n != "404"]
+        names = sorted(path.stem for path in folder.glob("site/*.html"))
+        every = [name for name in names if name not in LEFT_OUT]
+        asked = options.pages.split(",") if options.pages else every
         if unknown := set(asked) - set(names):
             parser.error(f"--pages must be of {', '.join(names)}, got {', '.join(unknown)}")
         options.out.mkdir(parents=True, exist_ok=True)
