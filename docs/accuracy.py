@@ -29,8 +29,8 @@ PAGES = tuple(
     ROOT / page for page in ("README.md", "docs/numerics.md", "docs/when-is-it-faster.md")
 )
 BLOCK = re.compile(
-    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality|preset-gain)"
-    r": ([^>]+) -->\n"
+    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality|preset-gain): "
+    r"([^>]+) -->\n"
     r"(?:.*?<!-- end of \1 -->\n)?",
     re.DOTALL,
 )

@@ -66,9 +66,9 @@ def pack_heavy(
     ours, others = kept.values.view(bits), drawn.values.view(bits)
     packed.values.view(bits).copy_(torch.where(is_exact[:, None], ours, others))
     shape = packed.padded_shape
-    nibbles = (collect(one.metadata, layout, *shape) for one in (kept, drawn))
-    chosen = torch.where(is_exact[:, None], *nibbles)
-    packed.metadata.copy_(arrange(chosen, layout, *shape))
+    exactly, at_random = (collect(one.metadata, layout, *shape) for one in (kept, drawn))
+    nibbles = torch.where(is_exact[:, None], exactly, at_random)
+    packed.metadata.copy_(arrange(nibbles, layout, *shape))
     return packed
 
 
