@@ -86,6 +86,14 @@ def spelling_of_module(module: nn.Module) -> str | None:
     return None
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is an activation by its class, known to this package or not."""
+    kinds = [kind.__module__ for kind in type(module).__mro__]
+    return any(
+        kind in ("torch.nn.modules.activation", "transformers.activations") for kind in kinds
+    )
+
+
 def spelling_of_function(function: object, options: dict[str, object]) -> str | None:
     """Return the spelling that a call of a function of torch computes, or None.
 

@@ -80,7 +80,7 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(module: nn.Module, kind: type[nn.Module], training: bool) -> fx.Graph | str:
-    twin = kind.__new__(kind)
+    twin = object.__new__(kind)  # fully_shard's classes construct others by theirs
     twin.__dict__.update(module.__dict__)
     twin.__dict__["training"] = training
     try:

@@ -18,7 +18,7 @@ from sdgp_cusparselt.layers.modules import (
     sdgp_class_of,
 )
 from sdgp_cusparselt.layers.plain import reason_against_weight
-from sdgp_cusparselt.layers.presets import Preset, configs_of
+from sdgp_cusparselt.layers.presets import Preset, configs_of, default_preset
 from sdgp_cusparselt.layers.report import ConversionReport, grouped
 from sdgp_cusparselt.layers.unsuitable import adapters, output_layers, why_other_kind
 
@@ -37,7 +37,7 @@ def convert_(
     config: Configs | None = None,
     filter_fn: FilterFn | None = None,
     *,
-    preset: Preset = "all",
+    preset: Preset | None = None,
     include_heads: bool = False,
 ) -> ConversionReport:
     """Give every suitable linear and convolution of a model a pruned backward, in place.
@@ -53,9 +53,11 @@ def convert_(
         filter_fn: (module, fully qualified name) -> whether to convert it. Given, it alone decides
             among the layers that can be converted; without it layers that read images, heads and
             layers whose output is no multiple of m stay dense.
-        preset: which layers of a transformer: "all", "readers" of the residual stream (grad_input
-            of qkv, up, gate), or "balanced" (readers, and grad_weight of every layer by mvue).
-            Layers are known by their names; needs one configuration for all.
+        preset: which layers of a transformer: "readers" of the residual stream (grad_input of qkv,
+            up, gate), "balanced" (readers, and grad_weight of every layer by mvue), or "all".
+            Layers are known by their names; needs one configuration for all. If None, "readers" of
+            a transformer, because pruning every layer loses more steps than it gains time; and
+            "all" of other models, and where patterns, filter_fn or include_heads choose layers.
         include_heads: convert also layers named head, fc, classifier, lm_head or score, and what
             ``get_output_embeddings`` returns.
 
@@ -74,6 +76,9 @@ def convert_(
     config = SDGPConfig() if config is None else config
     _check_arguments(model, config, filter_fn)
     report = ConversionReport(config if isinstance(config, SDGPConfig) else None)
+    if preset is None:
+        chooses = filter_fn is not None or include_heads or isinstance(config, Mapping)
+        preset = "all" if chooses or not _prunes(config) else default_preset(unwrapped(model))
     patterns, left_out = _patterns(model, config, preset)
     unused = set(patterns)
     chosen: list[tuple[str, nn.Module, SDGPConfig]] = []
@@ -100,6 +105,11 @@ def convert_(
         report.converted.append(name)
         report.configs[name] = own
     return report
+
+
+def _prunes(config: Configs) -> bool:
+    """Whether one configuration prunes grad_input, now or later in its schedule."""
+    return isinstance(config, SDGPConfig) and config.prune != "none"
 
 
 def _patterns(

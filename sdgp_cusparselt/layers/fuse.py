@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from sdgp_cusparselt.errors import value_error
-from sdgp_cusparselt.layers.activations import spelling_of_module
+from sdgp_cusparselt.layers.activations import is_activation, spelling_of_module
 from sdgp_cusparselt.layers.chains import Child, Gated, Link, chain_of
 from sdgp_cusparselt.layers.convert import converted_layers, unwrapped
 from sdgp_cusparselt.layers.fused_modules import (
@@ -110,7 +110,7 @@ def _may_activate(module: nn.Module) -> bool:
     forward = getattr(_kind(module).forward, "__code__", None)
     if forward is not None and _FUNCTIONS & set(forward.co_names):
         return True
-    return any(spelling_of_module(child) is not None for _, child in _near(module))
+    return any(is_activation(child) for _, child in _near(module))
 
 
 def _near(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

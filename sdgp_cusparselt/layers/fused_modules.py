@@ -5,7 +5,6 @@ another class, made of the module's own and of this one. Whenever something coul
 difference, a hook on a child, a replaced child, another class of weight, its own forward runs.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,6 +274,4 @@ def _fused_class(kind: type[nn.Module]) -> type[FusedModule]:
 
 
 def _blank(kind: type[nn.Module]) -> FusedModule:
-    fused = _fused_class(kind)
-    make: Callable[..., FusedModule] = fused.__new__
-    return make(fused)
+    return object.__new__(_fused_class(kind))

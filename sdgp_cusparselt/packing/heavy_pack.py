@@ -66,9 +66,9 @@ def pack_heavy(
     ours, others = kept.values.view(bits), drawn.values.view(bits)
     packed.values.view(bits).copy_(torch.where(is_exact[:, None], ours, others))
     shape = packed.padded_shape
-    nibbles = (collect(one.metadata, layout, *shape) for one in (kept, drawn))
-    chosen = torch.where(is_exact[:, None], *nibbles)
-    packed.metadata.copy_(arrange(chosen, layout, *shape))
+    exactly, at_random = (collect(one.metadata, layout, *shape) for one in (kept, drawn))
+    nibbles = torch.where(is_exact[:, None], exactly, at_random)
+    packed.metadata.copy_(arrange(nibbles, layout, *shape))
     return packed
 
 
@@ -92,28 +92,33 @@ class PreparedChoice:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of scratch: float32 energies [M], int32 flags [M] and rows [C]."""
-        return 4 * (2 * self.num_rows + self.capacity)
+        """Bytes of scratch: float32 energies [M], int32 flags [M] and rows [C], each aligned."""
+        return 2 * self._step + 4 * self.capacity
+
+    @property
+    def _step(self) -> int:
+        # Kernels are compiled for addresses that are multiples of 16.
+        return -(-4 * self.num_rows // 16) * 16
 
     def __call__(self, x: int, scratch: int, stream: int) -> tuple[int, int]:
         """Find them, on a stream of the device, which is current.
 
         Args:
             x: address of x, a multiple of 16.
-            scratch: address of ``nbytes`` bytes, a multiple of 4.
+            scratch: address of ``nbytes`` bytes, a multiple of 16.
             stream: handle of the CUDA stream.
 
         Returns:
             Addresses of the rows and of the flags.
         """
-        is_heavy, rows = scratch + 4 * self.num_rows, self.rows_at(scratch)
+        is_heavy, rows = scratch + self._step, self.rows_at(scratch)
         self._energies(stream, x, scratch)
         self._choice(stream, scratch, rows, is_heavy)
         return rows, is_heavy
 
     def rows_at(self, scratch: int) -> int:
         """Return the address of the rows in a scratch at an address."""
-        return scratch + 8 * self.num_rows
+        return scratch + 2 * self._step
 
 
 @dataclass(frozen=True)

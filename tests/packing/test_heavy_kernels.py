@@ -1,5 +1,11 @@
 """The kernels of heavy tokens against their reference, bit for bit, and what they are for."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import packing_cases as cases
 import pytest
 import torch
@@ -16,6 +22,42 @@ from tests.helpers import same_bits
 
 SEEDS = torch.tensor([0x1234_5678_9ABC_DEF0, -(2**62) + 12345])
 LAYOUTS = (*layouts.NAMED.values(), cases.random_layout(3, 5, 3, "groups"))
+ROOT = Path(__file__).parents[2]
+COMPILE = """
+import json
+import torch
+from bench import sass
+from bench.pack_budget import TARGETS, compile_kernel
+from sdgp_cusparselt.packing import heavy_pack, layout, variants
+from sdgp_cusparselt.packing.tables import layout_table
+
+found = []
+for target in TARGETS:
+    made = variants.Target("mvue", layout.BLOCKED)
+    tile = variants.choose_tile(1 << 14, 1 << 12, made, None)
+    name = variants.triton_dtype(torch.bfloat16)
+    table = layout_table(made.layout, tile.block_m, tile.block_k // 4, 0)
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    pack = {"IN_MEMORY": False, "DTYPE": name, "NATIVE": True, "LAYOUT": table, **blocks}
+    energies = dict(zip(("BLOCK_M", "BLOCK_K"), heavy_pack.ENERGY_BLOCK), DTYPE=name)
+    add = {"DTYPE": name, "NATIVE": True, "BLOCK": heavy_pack.SUM_BLOCK}
+    kernels = [("pack_heavy_kernel", pack, tile.num_warps)]
+    if target == 80:
+        kernels += [("row_energies_kernel", energies, 4), ("add_rest_kernel", add, 4)]
+        kernels += [("heaviest_kernel", {"BLOCK": heavy_pack.MOST_ROWS}, 32)]
+    for kernel, constants, warps in kernels:
+        code = sass.read(compile_kernel(kernel, constants, warps, target), target)
+        widest = {
+            kind: max([b for (op, b) in code.accesses if op == kind], default=0)
+            for kind in ("LDG", "STG")
+        }
+        found.append({
+            "target": target, "name": kernel, "stack": code.stack, "issued": code.issued,
+            "registers": code.registers, "widest load": widest["LDG"],
+            "widest store": widest["STG"],
+        })
+print(json.dumps(found))
+"""
 interpreted = pytest.mark.skipif(
     not launch.interpreted(), reason="needs Triton's interpreter: TRITON_INTERPRET=1 and no GPU"
 )
@@ -51,7 +93,8 @@ def run_kernel(
     address = SEEDS.data_ptr() if in_memory else 0
     start(x.data_ptr(), buffer.data_ptr(), scratch.data_ptr(), *seeds, 0, seeds=address)
     shape = (x.shape[0] + start.choice.capacity, x.shape[1])
-    rows = scratch[8 * len(x) :].view(torch.int32)
+    rows = scratch[start.choice.rows_at(0) :].view(torch.int32)
+    assert start.choice.rows_at(0) % 16 == 0  # as the kernels are compiled for
     return Packed24(buffer, shape, x.dtype, layout), rows
 
 
@@ -137,6 +180,27 @@ def test_the_rests_are_added(columns: int, dtype: torch.dtype) -> None:
     start = prepare_add(17, 3, columns, dtype, product.device)
     start(0, product.data_ptr(), rows.data_ptr())
     assert same_bits(product[:17], truth[:17])
+
+
+def test_every_target_compiles(tmp_path: Path) -> None:
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'bindings'}")
+    environment.pop("TRITON_INTERPRET", None)
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.stdout, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert {one["target"] for one in found} == {80, 90, 100, 120}
+    # The one program that holds 32,768 energies puts some on the stack.
+    assert {one["name"] for one in found if one["stack"]} <= {"heaviest_kernel"}
+    pack = [one for one in found if one["name"] == "pack_heavy_kernel"]
+    assert pack and all(one["widest load"] == 16 and one["widest store"] == 16 for one in pack)
 
 
 @interpreted
