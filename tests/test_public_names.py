@@ -14,7 +14,7 @@ PUBLIC = {
         step step_with telemetry
     """,
     "sdgp_cusparselt.nn": "SDGPConv1D SDGPConv2d SDGPLinear SDGPModule",
-    "sdgp_cusparselt.functional": "conv2d linear",
+    "sdgp_cusparselt.functional": "conv2d linear linear_cross_entropy",
     "sdgp_cusparselt.config": "SDGPConfig Schedule check_config",
     "sdgp_cusparselt.pruning": "prune",
     "sdgp_cusparselt.packing": "MetadataLayout Packed24 matmul pack",

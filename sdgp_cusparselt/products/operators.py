@@ -19,6 +19,7 @@ from sdgp_cusparselt.packing.pack import matmul as _matmul
 from sdgp_cusparselt.packing.pack import pack as _pack
 from sdgp_cusparselt.packing.packed import Packed24, buffer_nbytes
 from sdgp_cusparselt.products import backward as products
+from sdgp_cusparselt.products import cross_entropy as head
 from sdgp_cusparselt.pruning import methods as _pruning
 from sdgp_cusparselt.recording.records import record_of
 
@@ -218,6 +219,82 @@ def conv2d_grad_weight(
     )
     like = torch.empty_like(weight)
     return result if result.stride() == like.stride() else like.copy_(result)
+
+
+def _head_losses_fake(input: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    found = input.new_empty(input.shape[0], dtype=head.sum_dtype(input.dtype))
+    return found, torch.empty_like(found)
+
+
+@_operator(_head_losses_fake, (torch.Tag.pt2_compliant_tag,))
+def head_losses(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each token of a linear head and its lse; see ``losses``."""
+    objective = head.Objective(label_smoothing, z_loss, ignore_index)
+    return head.losses(head.Head(input, weight, bias, target, objective, chunk))
+
+
+def _head_gradients_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    chunk: int,
+    of_input: bool,
+    of_weight: bool,
+    of_bias: bool,
+    weight_dtype: torch.dtype,
+    config: str,
+    token: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(input) if of_input else input.new_empty(0),
+        torch.empty_like(weight, dtype=weight_dtype) if of_weight else input.new_empty(0),
+        input.new_empty(weight.shape[0], dtype=weight_dtype) if of_bias else input.new_empty(0),
+    )
+
+
+@_operator(_head_gradients_fake)
+def head_gradients(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    chunk: int,
+    of_input: bool,
+    of_weight: bool,
+    of_bias: bool,
+    weight_dtype: torch.dtype,
+    config: str,
+    token: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of a linear head under cross-entropy; empty where not asked for."""
+    objective = head.Objective(label_smoothing, z_loss, ignore_index)
+    operands = head.Head(input, weight, bias, target, objective, chunk)
+    needs = of_input, of_weight, of_bias
+    found = head.gradients(
+        operands, lse, scale, needs, weight_dtype, SDGPConfig.from_text(config), record_of(token)
+    )
+    of_i, of_w, of_b = (input.new_empty(0) if g is None else g for g in found)
+    return of_i, of_w, of_b
 
 
 def flat_geometry(conv: ConvGeometry) -> list[int]:
