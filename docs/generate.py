@@ -154,7 +154,7 @@ def public_modules() -> list[str]:
     """Return dotted names of the modules that hold public layers, functions and integrations."""
     homes = {
         "nn": ["layers.modules"],
-        "functional": ["layers.functional"],
+        "functional": ["layers.functional", "layers.cross_entropy"],
         "diagnostics": ["telemetry.diagnostics"],
     }
     folder = ROOT / "sdgp_cusparselt" / "integrations"

@@ -15,7 +15,7 @@ PUBLIC = {
         step step_with telemetry
     """,
     "sdgp_cusparselt.nn": "SDGPConv1D SDGPConv2d SDGPLinear SDGPModule",
-    "sdgp_cusparselt.functional": "conv2d gated_mlp linear mlp",
+    "sdgp_cusparselt.functional": "conv2d gated_mlp linear linear_cross_entropy mlp",
     "sdgp_cusparselt.config": "SDGPConfig Schedule check_config",
     "sdgp_cusparselt.pruning": "prune",
     "sdgp_cusparselt.packing": "MetadataLayout Packed24 matmul pack",
