@@ -8,7 +8,8 @@ A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end of KIND -->``;
 - ``gradient-bias``: the file of docs/gradient_bias.py;
 - ``steps-ratio``: R, steps to the same loss over those of dense training, from a sweep and dense
   runs of other lengths;
-- ``gradient-quality``: R as docs/gradient_quality.py predicts it.
+- ``gradient-quality``: R as docs/gradient_quality.py predicts it;
+- ``preset-gain``: time to the same loss of each preset, as docs/preset_gain.py predicts it.
 """
 
 import json
@@ -24,9 +25,12 @@ from sdgp_cusparselt.training.report import markdown_rows
 from sdgp_cusparselt.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/numerics.md", "docs/when-is-it-faster.md")
+)
 BLOCK = re.compile(
-    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality): ([^>]+) -->\n"
+    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality|preset-gain): "
+    r"([^>]+) -->\n"
     r"(?:.*?<!-- end of \1 -->\n)?",
     re.DOTALL,
 )
@@ -43,6 +47,8 @@ def with_tables(text: str) -> str:
             table = bias_table(documents[0])
         elif kind == "gradient-quality":
             table = quality_table(documents[0])
+        elif kind == "preset-gain":
+            table = gain_table(documents[0])
         elif kind == "steps-ratio":
             table = ratio_table(documents)
         else:
@@ -130,6 +136,18 @@ def quality_table(document: dict[str, Any]) -> str:
         ratios = [f"{row['steps_ratio']:.3f}" for row in rows]
         lines.append([rows[0]["name"], *ratios, f"{rows[len(steps) // 2]['bias']:.3f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gain_table(document: dict[str, Any]) -> str:
+    """Return a row per model and way: dense time / time to the same loss on each card."""
+    gains, ratios = document["gains"], document["R"]
+    cards = list(next(iter(gains.values())))
+    lines = [["model", "prunes", "R", *cards]]
+    for model, by_card in gains.items():
+        for way, ratio in ratios.items():
+            cells = [f"{by_card[card][way][1]:.3f}" for card in cards]
+            lines.append([model, way, f"{ratio:.3f}", *cells])
+    return markdown_rows(lines)
 
 
 _COSINES = ("cosine_step", "cosine_mean")

@@ -164,6 +164,7 @@ def test_measured_tables_are_what_the_result_files_say() -> None:
         found += module.BLOCK.findall(text)
     kinds = {kind for kind, _ in found}
     measured = {"accuracy", "training-loss", "gradient-bias", "steps-ratio", "gradient-quality"}
+    measured |= {"preset-gain"}
     assert kinds == measured and len(found) >= 4
 
 
