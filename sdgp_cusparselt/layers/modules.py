@@ -16,7 +16,8 @@ from sdgp_cusparselt.layers import casting, functional
 from sdgp_cusparselt.layers.autograd import pruned_linear
 from sdgp_cusparselt.layers.plain import linear_prunes, may_prune
 from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
-from sdgp_cusparselt.layers.schedule_state import ScheduleState
+from sdgp_cusparselt.layers.schedule_state import RECIPE, ScheduleState
+from sdgp_cusparselt.layers.weight_masks import clear_weight_mask_, masked_forward
 from sdgp_cusparselt.recording.records import LayerRecord
 
 _STATE = (
@@ -79,6 +80,9 @@ class SDGPModule(nn.Module):
         """Take the configuration that holds at a step of the schedule."""
         self.sdgp_config = self.sdgp_base_config.at(step)
         self.sdgp_step = step
+        recipe: Any = self._modules.get(RECIPE)
+        if recipe is not None:
+            recipe.set_step(step)
 
     def extra_repr(self) -> str:
         """Return the dense layer's own description and the active pruning."""
@@ -96,10 +100,17 @@ class SDGPLinear(SDGPModule, nn.Linear):
         """Return input @ weight.T + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
+        if self.sdgp_config.masks_weight and self.sdgp_enabled:
+            output = masked_forward(self, input, self._product)
+        else:
+            output = self._product(input, self.weight, self.bias)
+        return _with_adapter(self, input, output)
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         config, record = self.sdgp_config, self.sdgp_record
-        if not self.sdgp_enabled or not linear_prunes(input, self.weight, config, record):
-            return super().forward(input)
-        return pruned_linear(input, self.weight, self.bias, config, record)
+        if not self.sdgp_enabled or not linear_prunes(input, weight, config, record):
+            return nn.functional.linear(input, weight, bias)
+        return pruned_linear(input, weight, bias, config, record)
 
 
 class SDGPConv2d(SDGPModule, nn.Conv2d):
@@ -109,17 +120,22 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
         """Return the convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
         if is_traced(input):
             return _as_leaf(self, input)
+        if self.sdgp_config.masks_weight and self.sdgp_enabled:
+            return masked_forward(self, input, self._product)
+        return self._product(input, self.weight, self.bias)
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         config, record = self.sdgp_config, self.sdgp_record
-        if not self.sdgp_enabled or not may_prune(input, self.weight, config, record):
-            return super().forward(input)
+        if not self.sdgp_enabled or not may_prune(input, weight, config, record):
+            return self._conv_forward(input, weight, bias)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             pads = self._reversed_padding_repeated_twice
             input, padding = nn.functional.pad(input, pads, mode=self.padding_mode), 0
         return functional.conv2d(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.stride,
             padding,
             self.dilation,
@@ -150,10 +166,12 @@ class SDGPConv1D(SDGPModule):
         """Return input @ weight + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
+        if self.sdgp_config.masks_weight and self.sdgp_enabled:
+            return _with_adapter(self, input, masked_forward(self, input, _conv1d_product))
         weight, config, record = self.weight.t(), self.sdgp_config, self.sdgp_record
         if not self.sdgp_enabled or not linear_prunes(input, weight, config, record):
             output: Tensor = super().forward(input)
-            return output
+            return _with_adapter(self, input, output)
         dtype = casting.autocast_dtype(input)
         if dtype is not None:  # the Parameter itself is cast: no copy is kept of a view
             weight = casting.cast(self.weight, dtype).t()
@@ -166,6 +184,19 @@ class SDGPConv1D(SDGPModule):
     def extra_repr(self) -> str:
         """Return sizes and the active pruning."""
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
+
+
+def _conv1d_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(input, weight.t(), bias)
+
+
+def _with_adapter(layer: SDGPModule, input: Tensor, output: Tensor) -> Tensor:
+    """Return output with what a recipe's low-rank adapter adds to it."""
+    recipe: Any = layer._modules.get(RECIPE)
+    if recipe is None or recipe.up is None:
+        return output
+    added: Tensor = recipe.add_adapter(input, output)
+    return added
 
 
 def is_traced(input: object) -> bool:
@@ -276,6 +307,22 @@ def release_(module: nn.Module) -> None:
     for name in _STATE:
         del module.__dict__[name]
     module._modules.pop(SCHEDULE, None)
+    module._modules.pop(RECIPE, None)
+    clear_weight_mask_(module)
+
+
+def reconfigure_(layer: SDGPModule, **changes: Any) -> None:
+    """Change fields of a converted layer's configuration; the step stays.
+
+    Args:
+        layer: a converted layer.
+        changes: fields of ``SDGPConfig``.
+
+    Raises:
+        ValueError, TypeError: as ``SDGPConfig``. The layer is then unchanged.
+    """
+    base, now = layer.sdgp_base_config.replace(**changes), layer.sdgp_config.replace(**changes)
+    layer.sdgp_base_config, layer.sdgp_config = base, now
 
 
 def _twin(module: nn.Module) -> Any:
