@@ -62,7 +62,7 @@ def _unstructured(sparsity: float) -> WeightMethod:
     )
 
 
-#: Name on the command line -> row. Mishra's workflow trains twice, so dense weights do so beside it.
+#: Name on the command line -> row. Mishra trains twice, so dense weights do so beside it.
 WEIGHT_METHODS: dict[str, WeightMethod] = {
     "dense-twice": WeightMethod("dense, trained twice", lambda steps: None, passes=2),
     "prune-only": WeightMethod("pruned at the end", _once(1.0)),
