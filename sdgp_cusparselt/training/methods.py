@@ -8,7 +8,7 @@ from sdgp_cusparselt.config.choices import BackendName, SDGPConfig
 from sdgp_cusparselt.config.patterns import METHODS, PruneMethod
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.layers.presets import Preset
-from sdgp_cusparselt.training.weight_methods import WEIGHT_METHODS
+from sdgp_cusparselt.training.weight_methods import STRUCTURELESS, WEIGHT_METHODS
 from sdgp_cusparselt.weights import WeightRecipe
 
 DENSE = "dense"
@@ -57,7 +57,11 @@ SWEEPS = {
     "table1": TABLE1,
     "gradient-bias": GRADIENT_BIAS,
     "presets": PRESETS,
-    "weights": (DENSE, *(f"{WEIGHTS}{name}" for name in WEIGHT_METHODS)),
+    "weights": (
+        DENSE,
+        *(f"{WEIGHTS}{name}" for name in WEIGHT_METHODS if name not in STRUCTURELESS),
+    ),
+    "unstructured": (DENSE, *(f"{WEIGHTS}{name}" for name in ("mishra", *STRUCTURELESS))),
 }
 
 

@@ -100,3 +100,5 @@ WEIGHT_METHODS: dict[str, WeightMethod] = {
     ),
     **{f"unstructured-{s}": _unstructured(s / 100) for s in (50, 75, 90, 95)},
 }
+#: Those without any structure, a sweep of their own.
+STRUCTURELESS = tuple(name for name in WEIGHT_METHODS if name.startswith("unstructured"))
