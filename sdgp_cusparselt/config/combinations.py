@@ -7,13 +7,34 @@ grad_weight = grad_output.T @ input     grad_output, along tokens               
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from sdgp_cusparselt.config.choices import SDGPConfig
+from typing import Literal, Protocol
 
 #: The operand of a product that is 2:4; "dense" for none.
 Operand = Literal["dense", "weight", "grad_output"]
+
+
+class Choices(Protocol):
+    """The fields of ``SDGPConfig`` that the table asks for."""
+
+    @property
+    def prune(self) -> str:
+        """Method of the gradient for grad_input."""
+        ...
+
+    @property
+    def forward(self) -> str:
+        """dense or sparse_weight."""
+        ...
+
+    @property
+    def grad_input(self) -> str:
+        """grad_output or weight."""
+        ...
+
+    @property
+    def grad_weight(self) -> str:
+        """dense or sparse."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,7 @@ COMBINATIONS: tuple[Combination, ...] = (
 _BY_OPERANDS = {row.operands: row for row in COMBINATIONS}
 
 
-def operands_of(config: "SDGPConfig") -> tuple[Operand, Operand, Operand]:
+def operands_of(config: Choices) -> tuple[Operand, Operand, Operand]:
     """Return which operand of output, grad_input and grad_weight a configuration makes sparse."""
     grad_input: Operand = "grad_output" if config.prune != "none" else "dense"
     return (
@@ -71,7 +92,7 @@ def operands_of(config: "SDGPConfig") -> tuple[Operand, Operand, Operand]:
     )
 
 
-def combination_of(config: "SDGPConfig") -> Combination:
+def combination_of(config: Choices) -> Combination:
     """Return the row of the table that a configuration is.
 
     Args:
@@ -80,7 +101,7 @@ def combination_of(config: "SDGPConfig") -> Combination:
     return _BY_OPERANDS[operands_of(config)]
 
 
-def why_not(config: "SDGPConfig") -> tuple[str, str, str, str] | None:
+def why_not(config: Choices) -> tuple[str, str, str, str] | None:
     """Return (argument, rule, value, what to do) where a configuration has no row, or None.
 
     The two operands of one product are never both sparse: no sparse tensor core multiplies them.

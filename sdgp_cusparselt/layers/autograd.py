@@ -1,4 +1,4 @@
-"""The autograd functions of pruned layers: the only place that saves tensors for backward.
+"""The autograd functions of layers whose gradient is pruned; with ``masked`` all that save tensors.
 
 M, N, K name the sizes of the product at hand. For grad_input that is [M, N] = [M, K] @ [K, N] with
 M = tokens, K = out_features, N = in_features; groups of the pruned operand run along K.
@@ -140,7 +140,7 @@ class _Linear(Function):
             return *_linear_gradients(ctx, grad_output, input, weight), None, None, None, None
         with torch.no_grad():
             found = _linear_gradients(ctx, grad_output, input, weight)
-        return _once(ctx, grad_output, *found, None, None, None, None)
+        return guarded_once(ctx, grad_output, *found, None, None, None, None)
 
 
 class _LinearTransformed(_Linear):
@@ -176,12 +176,12 @@ def _linear_gradients(
 def _local_linear_gradients(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> shards.Gradients:
-    calls, config, record = _means(ctx, grad_output)
+    calls, config, record = gradient_means(ctx, grad_output)
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input: Tensor | None = None
     grad_weight: Tensor | None = None
-    flat = _tokens(grad_output)
-    tokens = None if input is None else _tokens(input)
+    flat = token_matrix(grad_output)
+    tokens = None if input is None else token_matrix(input)
     if need_input and need_weight and ctx.prunes and ctx.sparse_grad_weight:
         grad_input, grad_weight = calls.linear_grads(grad_output, weight, tokens, config, record)
     else:
@@ -200,7 +200,7 @@ def _local_linear_gradients(
     return grad_input, grad_weight, flat.sum(0) if need_bias else None
 
 
-def _tokens(x: Tensor) -> Tensor:
+def token_matrix(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -239,7 +239,7 @@ class _Conv2d(Function):
             return *_conv2d_gradients(ctx, grad_output, input, weight), *[None] * 11
         with torch.no_grad():
             found = _conv2d_gradients(ctx, grad_output, input, weight)
-        return _once(ctx, grad_output, *found, *[None] * 11)
+        return guarded_once(ctx, grad_output, *found, *[None] * 11)
 
 
 class _Conv2dTransformed(_Conv2d):
@@ -267,7 +267,7 @@ def _conv2d_gradients(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor
 ) -> shards.Gradients:
     """Return grad_input, grad_weight and grad_bias, where they are needed."""
-    calls, config, record = _means(ctx, grad_output)
+    calls, config, record = gradient_means(ctx, grad_output)
     conv = ops.geometry_of(ctx.geometry)
     geometry = conv if calls is products else ctx.geometry
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -293,7 +293,7 @@ def _unsaved(ctx: Any, grad_output: Tensor) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=grad_output.dtype, device=grad_output.device)
 
 
-def _means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
+def gradient_means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
     """Return what computes the products, and configuration and record as that takes them.
 
     That is ``products``, or the operators, which alone know what is no plain tensor.
@@ -348,7 +348,7 @@ class _NoDoubleBackward(Function):
         raise SDGPError(_NO_DOUBLE_BACKWARD)
 
 
-def _once(ctx: Any, grad_output: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def guarded_once(ctx: Any, grad_output: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return grads; with create_graph=True, such that differentiating them raises."""
     if not torch.is_grad_enabled():
         return grads

@@ -245,6 +245,19 @@ def _reason_against(
         return f"{what}, so it stands at the input and needs no grad_input"
     if config.prunes and reduced % config.m:
         return f"reduces over {reduced} outputs, no multiple of m = {config.m}"
+    return _reason_against_pruning_weight(module, config, reduced)
+
+
+def _reason_against_pruning_weight(
+    module: nn.Module, config: SDGPConfig, outputs: int
+) -> str | None:
+    if not config.masks_weight:
+        return None
+    inputs, m = _weight(module).shape[1], config.weight_m
+    if inputs % m:
+        return f"its weight has {inputs} inputs, no multiple of weight_m = {m}"
+    if config.grad_input == "weight" and outputs % m:
+        return f"its weight has {outputs} outputs, no multiple of weight_m = {m}"
     return None
 
 

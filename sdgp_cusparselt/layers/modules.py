@@ -14,10 +14,16 @@ from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import SDGPError, type_error
 from sdgp_cusparselt.layers import casting, functional
 from sdgp_cusparselt.layers.autograd import pruned_linear
+from sdgp_cusparselt.layers.masked import masked_linear
 from sdgp_cusparselt.layers.plain import linear_prunes, may_prune
 from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
 from sdgp_cusparselt.layers.schedule_state import RECIPE, ScheduleState
-from sdgp_cusparselt.layers.weight_masks import clear_weight_mask_, masked_forward
+from sdgp_cusparselt.layers.weight_masks import (
+    MASK,
+    MASK_T,
+    as_outputs_inputs,
+    clear_weight_mask_,
+)
 from sdgp_cusparselt.recording.records import LayerRecord
 
 _STATE = (
@@ -27,6 +33,7 @@ _STATE = (
     "sdgp_enabled",
     "sdgp_record",
     "sdgp_dense_class",
+    "sdgp_rebound",
 )
 _CONV1D = "TransformersConv1D"
 
@@ -41,6 +48,8 @@ class SDGPModule(nn.Module):
         sdgp_enabled: False runs the layer exactly as its dense class does.
         sdgp_record: calls and fallbacks of this layer.
         sdgp_dense_class: the class that ``to_dense`` and ``revert_`` restore.
+        sdgp_rebound: whether something put another Parameter in the weight's place, as FSDP does
+            at each forward; then its version does not say when it changes.
     """
 
     sdgp_config: SDGPConfig
@@ -49,6 +58,22 @@ class SDGPModule(nn.Module):
     sdgp_enabled: bool
     sdgp_record: LayerRecord
     sdgp_dense_class: type[nn.Module]
+    sdgp_rebound: bool
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and note when it is another weight."""
+        if name == "weight" and value is not self._parameters.get(name):
+            self.__dict__["sdgp_rebound"] = True
+        super().__setattr__(name, value)
+
+    @property
+    def _masks(self) -> tuple[Tensor | None, Tensor | None]:
+        """The masks of the weight as [outputs, inputs, ...], where there are any."""
+        first, second = (self._buffers.get(name) for name in (MASK, MASK_T))
+        return (
+            None if first is None else as_outputs_inputs(self, first),
+            None if second is None else as_outputs_inputs(self, second),
+        )
 
     @classmethod
     def from_dense(cls, module: nn.Module, config: SDGPConfig) -> "SDGPModule":
@@ -100,17 +125,16 @@ class SDGPLinear(SDGPModule, nn.Linear):
         """Return input @ weight.T + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
-        if self.sdgp_config.masks_weight and self.sdgp_enabled:
-            output = masked_forward(self, input, self._product)
-        else:
-            output = self._product(input, self.weight, self.bias)
-        return _with_adapter(self, input, output)
+        return _with_adapter(self, input, self._output(input))
 
-    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _output(self, input: Tensor) -> Tensor:
         config, record = self.sdgp_config, self.sdgp_record
-        if not self.sdgp_enabled or not linear_prunes(input, weight, config, record):
-            return nn.functional.linear(input, weight, bias)
-        return pruned_linear(input, weight, bias, config, record)
+        if config.masks_weight and self.sdgp_enabled:
+            keeps = not self.sdgp_rebound
+            return masked_linear(input, self.weight, self.bias, self._masks, keeps, config, record)
+        if not self.sdgp_enabled or not linear_prunes(input, self.weight, config, record):
+            return super().forward(input)
+        return pruned_linear(input, self.weight, self.bias, config, record)
 
 
 class SDGPConv2d(SDGPModule, nn.Conv2d):
@@ -120,28 +144,26 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
         """Return the convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
         if is_traced(input):
             return _as_leaf(self, input)
-        if self.sdgp_config.masks_weight and self.sdgp_enabled:
-            return masked_forward(self, input, self._product)
-        return self._product(input, self.weight, self.bias)
-
-    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         config, record = self.sdgp_config, self.sdgp_record
-        if not self.sdgp_enabled or not may_prune(input, weight, config, record):
-            return self._conv_forward(input, weight, bias)
+        masks = config.masks_weight and self.sdgp_enabled
+        if not self.sdgp_enabled or not (masks or may_prune(input, self.weight, config, record)):
+            return super().forward(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             pads = self._reversed_padding_repeated_twice
             input, padding = nn.functional.pad(input, pads, mode=self.padding_mode), 0
         return functional.conv2d(
             input,
-            weight,
-            bias,
+            self.weight,
+            self.bias,
             self.stride,
             padding,
             self.dilation,
             self.groups,
             config=config,
             record=record,
+            masks=self._masks if masks else None,
+            keeps=not self.sdgp_rebound,
         )
 
 
@@ -166,12 +188,16 @@ class SDGPConv1D(SDGPModule):
         """Return input @ weight + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
-        if self.sdgp_config.masks_weight and self.sdgp_enabled:
-            return _with_adapter(self, input, masked_forward(self, input, _conv1d_product))
+        return _with_adapter(self, input, self._output(input))
+
+    def _output(self, input: Tensor) -> Tensor:
         weight, config, record = self.weight.t(), self.sdgp_config, self.sdgp_record
+        if config.masks_weight and self.sdgp_enabled:
+            keeps = not self.sdgp_rebound
+            return masked_linear(input, weight, self.bias, self._masks, keeps, config, record)
         if not self.sdgp_enabled or not linear_prunes(input, weight, config, record):
             output: Tensor = super().forward(input)
-            return _with_adapter(self, input, output)
+            return output
         dtype = casting.autocast_dtype(input)
         if dtype is not None:  # the Parameter itself is cast: no copy is kept of a view
             weight = casting.cast(self.weight, dtype).t()
@@ -186,14 +212,10 @@ class SDGPConv1D(SDGPModule):
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
 
 
-def _conv1d_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(input, weight.t(), bias)
-
-
 def _with_adapter(layer: SDGPModule, input: Tensor, output: Tensor) -> Tensor:
     """Return output with what a recipe's low-rank adapter adds to it."""
     recipe: Any = layer._modules.get(RECIPE)
-    if recipe is None or recipe.up is None:
+    if recipe is None:
         return output
     added: Tensor = recipe.add_adapter(input, output)
     return added
@@ -278,6 +300,7 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
         True,
         LayerRecord(name or type(module).__name__),
         type(module),
+        False,
     )
     module.__dict__.update(zip(_STATE, state, strict=True))
     module.__class__ = target

@@ -27,7 +27,13 @@ class LinearGradInput:
     grad_output: Tensor
     weight: Tensor
     product: ClassVar[Product] = "grad_input"
+    structured: ClassVar = "grad_output"
     memory: ClassVar = ("grad_output", "weight")
+
+    @property
+    def activations(self) -> Tensor:
+        """What comes anew with every call: the gradient."""
+        return self.grad_output
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
@@ -103,7 +109,13 @@ class LinearGradWeight:
     input: Tensor
     row_major: bool = True
     product: ClassVar[Product] = "grad_weight"
+    structured: ClassVar = "grad_output"
     memory: ClassVar = ("grad_output", "input")
+
+    @property
+    def activations(self) -> Tensor:
+        """What comes anew with every call: the gradient."""
+        return self.grad_output
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""

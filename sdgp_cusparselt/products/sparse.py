@@ -14,7 +14,8 @@ from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.devices import device_calls
 from sdgp_cusparselt.errors import NotSupportedError
-from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight, Operands
+from sdgp_cusparselt.products.operands import GradientOperands as Operands
+from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight
 from sdgp_cusparselt.products.packers import (
     KernelPacker,
     LibraryPacker,

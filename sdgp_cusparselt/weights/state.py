@@ -84,9 +84,10 @@ class RecipeState(ScheduleState):
         self._enter(self.recipe.stage(step), refresh=forward)
 
     def add_adapter(self, input: Tensor, output: Tensor) -> Tensor:
-        """Return output + (input @ down.T) @ up.T, or output before the adapters' time."""
-        assert self.down is not None and self.up is not None and self.stage is not None
-        if self.stage.adapters:
+        """Return output + (input @ down.T) @ up.T, or output where there is no adapter yet."""
+        if self.down is None or self.up is None:
+            return output
+        if self.stage is not None and self.stage.adapters:
             return output + F.linear(F.linear(input, self.down), self.up)
         if not torch.is_grad_enabled():
             return output
