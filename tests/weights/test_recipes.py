@@ -1,4 +1,4 @@
-"""Recipes against formulas written out here: which mask, beta, pattern and gradient at each step."""
+"""Recipes against formulas written out: which mask, beta, pattern and gradient at each step."""
 
 import math
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """WeightRecipe: how masks come and go over the optimizer steps; one subclass for each paper."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -84,9 +85,10 @@ class WeightRecipe:
         return f"{self.name} {self.n}:{self.m}" + ("" if when == "constant" else f" ({when})")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain types that ``recipe_from`` takes back."""
+        """Return it as what JSON has, that ``recipe_from`` takes back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"name": self.name, **fields, "schedule": self.schedule.as_dict()}
+        schedule = json.loads(json.dumps(self.schedule.as_dict()))
+        return {"name": self.name, **fields, "schedule": schedule}
 
     def _is_masked(self, step: int) -> bool:
         """Whether a step lies outside the dense warm-up and tail."""
