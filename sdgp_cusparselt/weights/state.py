@@ -162,23 +162,28 @@ class RecipeState(ScheduleState):
     def _choose(self, stage: WeightStage) -> Tensor:
         weight: Any = self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight.detach()
-        return choose_mask(self.layer, weight, stage)
+        return choose_mask(self.layer, weight, stage, magnitude=True)
 
 
-def choose_mask(layer: nn.Module, weight: Tensor, stage: WeightStage) -> Tensor:
-    """Return the mask that a stage chooses for a layer's weight, by magnitude.
+def choose_mask(
+    layer: nn.Module, scores: Tensor, stage: WeightStage, *, magnitude: bool = False
+) -> Tensor:
+    """Return the mask that a stage chooses for a layer's weight.
 
     Args:
         layer: says along which dimensions groups run.
-        weight: of the layer, whole.
+        scores: of the weight's shape, whole; larger is kept.
         stage: says how.
+        magnitude: whether the scores are the weight, and |scores| counts.
     """
     along_in, along_out = groups_along(layer)
     if stage.pattern == "transposable":
-        return transposable_mask(weight, rows=along_out, cols=along_in, absolute=True)
+        return transposable_mask(scores, rows=along_out, cols=along_in, absolute=magnitude)
+    if magnitude:
+        scores = magnitude_scores(scores)
     if stage.pattern == "unstructured":
-        return unstructured_mask(weight.abs(), stage.sparsity)
-    return nm_mask(magnitude_scores(weight), stage.n, stage.m, dim=along_in)
+        return unstructured_mask(scores, stage.sparsity)
+    return nm_mask(scores, stage.n, stage.m, dim=along_in)
 
 
 def as_lies(mask: Tensor, like: Tensor) -> Tensor:
