@@ -233,7 +233,12 @@ def compile_kernel(
     from sdgp_cusparselt.packing import kernels, starting
 
     kernel = getattr(kernels, name)
-    pointers = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32"}
+    pointers = {
+        torch.int16: "*i16",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+        torch.float32: "*fp32",
+    }
     types = kernels.POINTERS[name]
     names = kernel.arg_names
     signature = {

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdgp_cusparselt.training.equal_loss import steps_ratios
+from sdgp_cusparselt.training.equal_loss import ratio_rows, steps_ratios
+from sdgp_cusparselt.training.report import markdown_rows
 from sdgp_cusparselt.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -112,18 +113,10 @@ def bias_table(document: dict[str, Any]) -> str:
 
 def ratio_table(documents: list[dict[str, Any]]) -> str:
     """Return a row per method and length: its gap to dense and R, mean ± std over the seeds."""
-    pruned = {
-        (run["label"], run["steps"]): run["pruned_flop_share"]
-        for document in documents
-        for run in document["runs"]
+    shares = {
+        run["label"]: run["pruned_flop_share"] for document in documents for run in document["runs"]
     }
-    lines = [["method", "steps", "grad_input pruned", "minus dense", "R"], ["---", *["---:"] * 4]]
-    for found in steps_ratios(documents):
-        gap = f"{statistics.fmean(found.gaps):+.3f} ± {statistics.stdev(found.gaps):.3f}"
-        ratio = f"{found.mean:.3f} ± {found.std:.3f}"
-        share = f"{pruned[found.label, found.steps]:.0%}"
-        lines.append([found.label, f"{found.steps:,}", share, gap, ratio])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_rows(ratio_rows(steps_ratios(documents), shares))
 
 
 def quality_table(document: dict[str, Any]) -> str:

@@ -167,11 +167,11 @@ def variants() -> dict[str, Converter]:
     config = sdgp.SDGPConfig(prune="mvue", backend="dense")
     weight_only = config.replace(prune="none", grad_weight="sparse")
     found: dict[str, Converter] = {
-        "mvue": partial(convert_, config=config),
-        "magnitude": partial(convert_, config=config.replace(prune="magnitude")),
+        "mvue": preset_variants(config)["all"],
+        "magnitude": preset_variants(config.replace(prune="magnitude"))["all"],
         "readers: mvue": preset_variants(config)["readers"],
         "readers: magnitude": preset_variants(config.replace(prune="magnitude"))["readers"],
-        "grad_weight: mvue": partial(convert_, config=weight_only),
+        "grad_weight: mvue": preset_variants(weight_only)["all"],
         "balanced: mvue": preset_variants(config)["balanced"],
         "mvue, all but the attention output": partial(without, "proj"),
         "mvue, head too": with_heads,

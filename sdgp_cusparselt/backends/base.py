@@ -38,7 +38,7 @@ class Problem:
 
     Attributes:
         product: which of the three.
-        m: rows of the pruned operand.
+        m: rows of the pruned operand; heavy tokens have two.
         n: columns of the result.
         k: reduced dimension, along which the groups run.
         dtype: of both operands.

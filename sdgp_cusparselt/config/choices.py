@@ -42,6 +42,9 @@ class SDGPConfig:
         m: group size, at most 32. 2:4 and 1:4 run on hardware, every other pattern is emulated.
         beta: mask decay of grad_input: kept + beta * (grad_output - kept), with kept the pruned
             gradient. 0 prunes, 1 is dense; between them the gradient has no zeros: emulated.
+        heavy_tokens: share of a linear layer's tokens, those of largest gradient, that grad_input
+            takes exactly; each costs a second row of the same sparse product. Only with mvue 2:4;
+            convolutions have none.
         forward: "dense", or "sparse_weight": the weight pruned weight_n:weight_m along in_features,
             by the layer's mask or, without one, by magnitude whenever it is packed. Every product
             then uses the pruned weight; its gradient reaches the whole weight (straight through).
@@ -83,6 +86,7 @@ class SDGPConfig:
     n: int = 2
     m: int = 4
     beta: float = 0.0
+    heavy_tokens: float = 0.0
     forward: ForwardMode = "dense"
     grad_input: GradInputOperand = "grad_output"
     grad_weight: GradWeightMode = "dense"
@@ -114,6 +118,8 @@ class SDGPConfig:
                 self._check_schedule()
             elif name in ("beta", "weight_beta"):
                 self._check_beta(name)
+            elif name == "heavy_tokens":
+                self._check_heavy_tokens()
             elif choices:
                 self._check_choice(name, value, choices)
             else:
@@ -137,6 +143,22 @@ class SDGPConfig:
             raise type_error("SDGPConfig", name, "a number", repr(value), "0 prunes.")
         if not 0 <= value <= 1:
             raise value_error("SDGPConfig", name, "in 0..1", value, "0 prunes, 1 is dense.")
+
+    def _check_heavy_tokens(self) -> None:
+        share = self.heavy_tokens
+        if not isinstance(share, int | float) or isinstance(share, bool):
+            fix = "0.06 keeps 6 % of them."
+            raise type_error("SDGPConfig", "heavy_tokens", "a number", repr(share), fix)
+        if not 0 <= share <= 1:
+            fix = "0.06 keeps 6 % of them."
+            raise value_error("SDGPConfig", "heavy_tokens", "in 0..1", share, fix)
+        if share and ((self.prune, self.n, self.m) != ("mvue", 2, 4) or self.beta):
+            rule, got = (
+                "0 but for mvue 2:4 without beta",
+                f"{share} with {self.prune} {self.n}:{self.m}",
+            )
+            fix = "Use prune='mvue': what is not heavy has to be unbiased."
+            raise value_error("SDGPConfig", "heavy_tokens", rule, got, fix)
 
     def _check_schedule(self) -> None:
         given: object = self.schedule
@@ -213,6 +235,8 @@ class SDGPConfig:
             parts.append(f"beta={self.beta:.3g}")
         if self.prunes and not self.on_hardware:
             parts.append("(emulated)")
+        if self.heavy_tokens:
+            parts.append(f"heavy_tokens={self.heavy_tokens:.3g}")
         if self.forward == "sparse_weight":
             parts.append(f"weight {self.weight_n}:{self.weight_m}")
             if 0 < self.weight_beta < 1:
@@ -244,6 +268,8 @@ def _at_stage(config: SDGPConfig, stage: Stage) -> SDGPConfig:
         changes["beta"] = config.beta
     if stage.prune == "none":
         changes["grad_weight"] = "dense"
+    if (stage.prune, stage.n, stage.m, changes["beta"]) != ("mvue", 2, 4, 0):
+        changes["heavy_tokens"] = 0.0
     return config.replace(**changes)
 
 

@@ -36,7 +36,7 @@ _NO_DOUBLE_BACKWARD = (
     "SDGP: a second derivative was asked for, but a pruned gradient is not the derivative of any "
     f"function. {_INSTEAD}"
 )
-_NO_JVP = f"SDGP: forward-mode derivatives of a pruned layer are not defined. {_INSTEAD}"
+NO_JVP = f"SDGP: forward-mode derivatives of a pruned layer are not defined. {_INSTEAD}"
 _NO_BATCHED_GRADIENTS = (
     "SDGP: a pruned layer takes one gradient at a time, not a batch of them as is_grads_batched, "
     f"jacrev and vmap over gradients make them. {_INSTEAD}"
@@ -55,7 +55,7 @@ def pruned_linear(
         input, weight, bias = _cast(dtype, input, weight, bias)
     output: Tensor
     if torch.compiler.is_compiling():
-        constants = _constants(config, record)
+        constants = constants_of(config, record)
         output = _Linear.apply(input, weight, bias, *constants)  # type: ignore[no-untyped-call]
     else:
         choices = (config.prunes, config.grad_weight == "sparse", config, record)
@@ -78,7 +78,7 @@ def pruned_conv2d(
     output: Tensor
     operands, geometry = (input, weight, bias), ops.flat_geometry(conv)
     if torch.compiler.is_compiling():
-        constants = _constants(config, record)
+        constants = constants_of(config, record)
         output = _Conv2d.apply(*operands, *constants, *geometry)  # type: ignore[no-untyped-call]
     else:
         choices = (config.prunes, config.grad_weight == "sparse", config, record)
@@ -90,7 +90,7 @@ def _cast(dtype: torch.dtype, *operands: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else casting.cast(x, dtype) for x in operands)
 
 
-def _constants(config: SDGPConfig, record: LayerRecord) -> tuple[bool, bool, str, int]:
+def constants_of(config: SDGPConfig, record: LayerRecord) -> tuple[bool, bool, str, int]:
     """Return what backward needs of a configuration, as constants that compiled code can carry."""
     token = record.token if config.telemetry_every else _COMPILED_TOKEN
     return config.prunes, config.grad_weight == "sparse", config.text, token
@@ -140,7 +140,7 @@ class _Linear(Function):
             return *_linear_gradients(ctx, grad_output, input, weight), None, None, None, None
         with torch.no_grad():
             found = _linear_gradients(ctx, grad_output, input, weight)
-        return guarded_once(ctx, grad_output, *found, None, None, None, None)
+        return once(ctx, grad_output, *found, None, None, None, None)
 
 
 class _LinearTransformed(_Linear):
@@ -153,7 +153,7 @@ class _LinearTransformed(_Linear):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise SDGPError(_NO_JVP)
+        raise SDGPError(NO_JVP)
 
     @staticmethod
     def vmap(
@@ -239,7 +239,7 @@ class _Conv2d(Function):
             return *_conv2d_gradients(ctx, grad_output, input, weight), *[None] * 11
         with torch.no_grad():
             found = _conv2d_gradients(ctx, grad_output, input, weight)
-        return guarded_once(ctx, grad_output, *found, *[None] * 11)
+        return once(ctx, grad_output, *found, *[None] * 11)
 
 
 class _Conv2dTransformed(_Conv2d):
@@ -252,7 +252,7 @@ class _Conv2dTransformed(_Conv2d):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise SDGPError(_NO_JVP)
+        raise SDGPError(NO_JVP)
 
     @staticmethod
     def vmap(
@@ -306,7 +306,7 @@ def gradient_means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
     else:
         casting.forget()
         is_plain = type(grad_output) is Tensor and not torch._C._are_functorch_transforms_active()
-        _check_one(grad_output)
+        check_one(grad_output)
     if is_plain:
         return products, ctx.config, ctx.record
     if isinstance(ctx.config, str):  # compiled forward
@@ -314,7 +314,7 @@ def gradient_means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
     return ops, ctx.config.text, ctx.record.token
 
 
-def _check_one(grad_output: Tensor) -> None:
+def check_one(grad_output: Tensor) -> None:
     """Raise SDGPError where vmap maps over a gradient, at whatever depth of other transforms."""
     x = grad_output
     is_batched = _functorch.is_legacy_batchedtensor(x)
@@ -348,7 +348,7 @@ class _NoDoubleBackward(Function):
         raise SDGPError(_NO_DOUBLE_BACKWARD)
 
 
-def guarded_once(ctx: Any, grad_output: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def once(ctx: Any, grad_output: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return grads; with create_graph=True, such that differentiating them raises."""
     if not torch.is_grad_enabled():
         return grads

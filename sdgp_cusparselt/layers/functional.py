@@ -13,7 +13,7 @@ from sdgp_cusparselt.layers.masked import masked_conv2d, masked_linear
 from sdgp_cusparselt.layers.plain import conv2d_prunes, linear_prunes, may_prune
 from sdgp_cusparselt.recording.records import LayerRecord
 
-_NO_RECORD = LayerRecord()
+NO_RECORD = LayerRecord()
 #: One number for both directions, or one for each.
 Pair = int | Sequence[int]
 #: Masks of a weight, bool of its shape: what output keeps of it, and what grad_input keeps of that.
@@ -66,8 +66,8 @@ def linear(
     Source:
         SDGP (arXiv 2202.00774), section on the data gradient.
     """
-    _check("linear", config, input, weight)
-    record = _NO_RECORD if record is None else record
+    check("linear", config, input, weight)
+    record = NO_RECORD if record is None else record
     if config.masks_weight:
         return masked_linear(input, weight, bias, masks or (None, None), keeps, config, record)
     if not linear_prunes(input, weight, config, record):
@@ -120,8 +120,8 @@ def conv2d(
     Source:
         SDGP (arXiv 2202.00774); groups along channels whatever the memory format is.
     """
-    _check("conv2d", config, input, weight)
-    record = _NO_RECORD if record is None else record
+    check("conv2d", config, input, weight)
+    record = NO_RECORD if record is None else record
     steps, reach = _pair("stride", stride), _pair("dilation", dilation)
     edges = _edges(padding, steps)
     images = weight.ndim == 4 and input.ndim in (3, 4)  # torch says what is wrong with others
@@ -141,7 +141,8 @@ def conv2d(
     return output if input.ndim == 4 else output.squeeze(0)
 
 
-def _check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> None:
+def check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> None:
+    """Raise unless config is an SDGPConfig without a schedule, and what it prunes is real."""
     check_config(function, config)
     if config.schedule is not None:
         fix = "Pass config.at(step); only layers that convert_ made follow a schedule."

@@ -24,7 +24,7 @@ from sdgp_cusparselt.backends.masking import masked
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.layers import casting, shards
-from sdgp_cusparselt.layers.autograd import gradient_means, guarded_once, token_matrix
+from sdgp_cusparselt.layers.autograd import gradient_means, once, token_matrix
 from sdgp_cusparselt.layers.plain import ORDINARY, reason_against_weight
 from sdgp_cusparselt.products import backward as products
 from sdgp_cusparselt.products import operators as ops
@@ -135,7 +135,7 @@ class _MaskedLinear(Function):
         (grad_output,) = grads
         with torch.no_grad():
             found = _linear_gradients(ctx, grad_output)
-        return guarded_once(ctx, grad_output, *found, *[None] * (2 + _CHOICES))
+        return once(ctx, grad_output, *found, *[None] * (2 + _CHOICES))
 
 
 class _MaskedConv2d(Function):
@@ -175,7 +175,7 @@ class _MaskedConv2d(Function):
         (grad_output,) = grads
         with torch.no_grad():
             found = _conv2d_gradients(ctx, grad_output)
-        return guarded_once(ctx, grad_output, *found, *[None] * (2 + _CHOICES + 7))
+        return once(ctx, grad_output, *found, *[None] * (2 + _CHOICES + 7))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:

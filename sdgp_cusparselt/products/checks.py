@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from sdgp_cusparselt.equivalence import compare_product
 from sdgp_cusparselt.products.operands import GradientOperands, OfWeight
 from sdgp_cusparselt.products.sparse import SparseProduct
@@ -26,6 +28,8 @@ def fault(sparse: SparseProduct, operands: GradientOperands) -> str | None:
     transpose = operands.product == "grad_weight"
     if transpose:  # the tokens past the last multiple of 16 take no part
         left, right = left[: gemm.k], right[: gemm.k]
+    elif gemm.m > len(left):  # rows of heavy tokens: the plan, not what they hold, is checked
+        left = torch.nn.functional.pad(left, (0, 0, 0, gemm.m - len(left)))
     pruned = prune(left.t() if transpose else left)
     packed = library.pack(left, gemm, candidate, method="magnitude", transpose=transpose)
     mismatch = compare_product(library.matmul(packed, right, gemm, candidate), pruned, right)

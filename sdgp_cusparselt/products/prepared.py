@@ -73,6 +73,8 @@ class _Calls(threading.local):
     def __init__(self) -> None:
         self.single: dict[Key, PreparedCall] = {}
         self.both: dict[Key, SparsePair] = {}
+        #: Lines behind a producer, see ``produced``.
+        self.produced: dict[Key, Any] = {}
 
 
 calls = _Calls()
@@ -144,6 +146,17 @@ def drop(key: Key) -> None:
     """Forget this thread's call of a kind, so that the next one prepares it anew."""
     calls.single.pop(key, None)
     calls.both.pop(key, None)
+    calls.produced.pop(key, None)
+
+
+def keep_produced(key: Key, line: object) -> None:
+    """Keep a line behind a producer for the next calls of its kind."""
+    _keep(calls.produced, key, line)
+
+
+def is_barred(key: Key) -> bool:
+    """Whether a call of a kind failed while it ran."""
+    return key in _barred
 
 
 def plain_call(layer_key: Key) -> PreparedCall | None:

@@ -245,6 +245,7 @@ class Contest:
             return self._product(candidate, x, dense)
 
         def run() -> object:
+            self.rival.before(x)
             packed = self._pack_now(candidate, x)
             product = self.executor.matmul(packed, dense, self.key.gemm, candidate)
             return self.rival.finish(product)

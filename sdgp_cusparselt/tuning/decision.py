@@ -25,11 +25,13 @@ class Rival:
             ``conv 3x3 stride 1 56x56``.
         dense: (left [M, K], right [K, N]) -> the dense result; the operands are unpruned.
         finish: sparse product [M, N] -> what ``dense`` returns, such as a col2im.
+        before: what the sparse path does with the left operand [M, K] before it packs.
     """
 
     name: str
     dense: Callable[[Tensor, Tensor], object]
     finish: Callable[[Tensor], object] = lambda product: product
+    before: Callable[[Tensor], object] = lambda left: None
 
 
 #: The plain product: the rival of linear layers and 1 x 1 convolutions.

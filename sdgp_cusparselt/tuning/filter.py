@@ -24,7 +24,7 @@ def cannot_win(gemm: Gemm, card: str, rival: str) -> str:
         card: name of the GPU; nothing is said about one whose speeds are not published.
         rival: name of what the sparse path has to beat.
     """
-    if rival not in (MATMUL.name, LINEAR.name):
+    if rival.split()[0] not in (MATMUL.name, LINEAR.name):
         return "a k x k convolution: adding columns up moves more than sparse tensor cores save"
     gpu = gpu_of(card)
     if gpu is None or gpu.published.guessed:

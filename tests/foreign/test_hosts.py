@@ -33,11 +33,11 @@ def test_peft_in_either_order(first: str, build: Any, layers: int) -> None:
     lora = peft.LoraConfig(target_modules=targets, r=8, task_type="CAUSAL_LM")
     config = sdgp.SDGPConfig(prune="magnitude", backend="dense")
     if first == "convert":
-        report = sdgp.convert_(model, config)
+        report = sdgp.convert_(model, config, preset="all")
         model = peft.get_peft_model(model, lora)
     else:
         model = peft.get_peft_model(model, lora)
-        report = sdgp.convert_(model, config)
+        report = sdgp.convert_(model, config, preset="all")
         assert any("an adapter" in reason for reason in report.skipped.values())
     assert len(report.converted) == layers
     pruned = [name for name, m in model.named_modules() if isinstance(m, sdgp.nn.SDGPModule)]
