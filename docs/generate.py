@@ -98,7 +98,7 @@ TOPICS = {
     "By hand": ("prune", "pack", "matmul", "Packed24", "MetadataLayout", "library_layout"),
 }
 #: Public modules that are read as a whole.
-PUBLIC_MODULES = ("nn", "functional", "diagnostics", "integrations")
+PUBLIC_MODULES = ("nn", "functional", "weights", "diagnostics", "integrations")
 
 
 def api_page() -> str:
@@ -130,6 +130,7 @@ def public_modules() -> list[str]:
     homes = {
         "nn": ["layers.modules"],
         "functional": ["layers.functional"],
+        "weights": ["weights.sparsify", "weights.recipes", "weights.masks", "weights.wanda"],
         "diagnostics": ["telemetry.diagnostics"],
     }
     folder = ROOT / "sdgp_cusparselt" / "integrations"
