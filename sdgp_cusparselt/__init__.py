@@ -22,7 +22,7 @@ except (ImportError, OSError) as _error:
     # checkers that this module has every attribute.
     globals()["__getattr__"] = _missing
 else:
-    from sdgp_cusparselt import functional, nn
+    from sdgp_cusparselt import functional, nn, weights
     from sdgp_cusparselt.arrays import same_kind
     from sdgp_cusparselt.config.choices import SDGPConfig
     from sdgp_cusparselt.config.schedule import Schedule
@@ -87,4 +87,5 @@ __all__ = [
     "step",
     "step_with",
     "telemetry",
+    "weights",
 ]
