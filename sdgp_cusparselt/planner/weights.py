@@ -102,29 +102,28 @@ def _saved(
             gains[role] = _dense(gemm, gpu, efficiency)
             gains[role] -= _sparse(gemm, operand, gpu, efficiency)
             which[role] = operand
-    sizes = {"weight": _elements(layer, "weight"), "grad_output": _elements(layer, "grad_output")}
+    gradient, weight, _ = layer["grad_input"].elements
     best = 0.0
     for count in range(1, len(gains) + 1):
         for chosen in itertools.combinations(gains, count):
+            packed = [which[role] for role in chosen]
             saved = sum(gains[role] for role in chosen)
-            for operand, elements in sizes.items():
-                packs = sum(which[role] == operand for role in chosen)
-                saved -= (0.0, pack_us(gpu, efficiency, elements))[packs > 0]
-                if packs > 1:
-                    saved += pack_us(gpu, efficiency, elements)
-                    saved -= both_packs_us(gpu, efficiency, elements)
+            saved -= _packs(weight, packed.count("weight"), gpu, efficiency)
+            saved -= _packs(gradient, packed.count("grad_output"), gpu, efficiency)
             best = max(best, saved)
     return best
 
 
-def _elements(layer: dict[str, Gemm], operand: str) -> int:
-    """Return the size of a layer's weight or grad_output."""
-    left, right, _ = layer["grad_input"].elements
-    return right if operand == "weight" else left
+def _packs(elements: int, count: int, gpu: GPU, efficiency: Efficiency) -> float:
+    """Predict packing an operand for so many products, two of them from one read."""
+    if count == 2:
+        return both_packs_us(gpu, efficiency, elements)
+    return pack_us(gpu, efficiency, elements) if count else 0.0
 
 
 def _size(gemm: Gemm) -> float:
-    return gemm_size(gemm.m, gemm.n, gemm.k) * float(gemm.batch) ** (1 / 3)
+    size: float = gemm_size(gemm.m, gemm.n, gemm.k) * float(gemm.batch) ** (1 / 3)
+    return size
 
 
 def _dense(gemm: Gemm, gpu: GPU, efficiency: Efficiency) -> float:
