@@ -8,7 +8,8 @@ A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end of KIND -->``;
 - ``gradient-bias``: the file of docs/gradient_bias.py;
 - ``steps-ratio``: R, steps to the same loss over those of dense training, from a sweep and dense
   runs of other lengths;
-- ``gradient-quality``: R as docs/gradient_quality.py predicts it.
+- ``gradient-quality``: R as docs/gradient_quality.py predicts it;
+- ``preset-gain``: time to the same loss of each preset, as docs/preset_gain.py predicts it.
 """
 
 import json
@@ -19,13 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdgp_cusparselt.training.equal_loss import steps_ratios
+from sdgp_cusparselt.training.equal_loss import ratio_rows, steps_ratios
+from sdgp_cusparselt.training.report import markdown_rows
 from sdgp_cusparselt.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/numerics.md", "docs/when-is-it-faster.md")
+)
 BLOCK = re.compile(
-    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality): ([^>]+) -->\n"
+    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality|preset-gain): "
+    r"([^>]+) -->\n"
     r"(?:.*?<!-- end of \1 -->\n)?",
     re.DOTALL,
 )
@@ -42,6 +47,8 @@ def with_tables(text: str) -> str:
             table = bias_table(documents[0])
         elif kind == "gradient-quality":
             table = quality_table(documents[0])
+        elif kind == "preset-gain":
+            table = gain_table(documents[0])
         elif kind == "steps-ratio":
             table = ratio_table(documents)
         else:
@@ -112,18 +119,10 @@ def bias_table(document: dict[str, Any]) -> str:
 
 def ratio_table(documents: list[dict[str, Any]]) -> str:
     """Return a row per method and length: its gap to dense and R, mean ± std over the seeds."""
-    pruned = {
-        (run["label"], run["steps"]): run["pruned_flop_share"]
-        for document in documents
-        for run in document["runs"]
+    shares = {
+        run["label"]: run["pruned_flop_share"] for document in documents for run in document["runs"]
     }
-    lines = [["method", "steps", "grad_input pruned", "minus dense", "R"], ["---", *["---:"] * 4]]
-    for found in steps_ratios(documents):
-        gap = f"{statistics.fmean(found.gaps):+.3f} ± {statistics.stdev(found.gaps):.3f}"
-        ratio = f"{found.mean:.3f} ± {found.std:.3f}"
-        share = f"{pruned[found.label, found.steps]:.0%}"
-        lines.append([found.label, f"{found.steps:,}", share, gap, ratio])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_rows(ratio_rows(steps_ratios(documents), shares))
 
 
 def quality_table(document: dict[str, Any]) -> str:
@@ -137,6 +136,18 @@ def quality_table(document: dict[str, Any]) -> str:
         ratios = [f"{row['steps_ratio']:.3f}" for row in rows]
         lines.append([rows[0]["name"], *ratios, f"{rows[len(steps) // 2]['bias']:.3f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gain_table(document: dict[str, Any]) -> str:
+    """Return a row per model and way: dense time / time to the same loss on each card."""
+    gains, ratios = document["gains"], document["R"]
+    cards = list(next(iter(gains.values())))
+    lines = [["model", "prunes", "R", *cards]]
+    for model, by_card in gains.items():
+        for way, ratio in ratios.items():
+            cells = [f"{by_card[card][way][1]:.3f}" for card in cards]
+            lines.append([model, way, f"{ratio:.3f}", *cells])
+    return markdown_rows(lines)
 
 
 _COSINES = ("cosine_step", "cosine_mean")

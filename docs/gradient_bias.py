@@ -99,7 +99,7 @@ def measure(
     contenders = {"dense": trainer.model}
     for method in methods:
         model = copy.deepcopy(trainer.model)
-        convert_(model, method.config("dense"))
+        convert_(model, method.config("dense"), preset="all")
         contenders[method.spelling] = model
     names = [name for name, p in trainer.model.named_parameters() if p.dim() > 1]
     means = {spelling: Means(names) for spelling in contenders}

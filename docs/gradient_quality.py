@@ -8,7 +8,7 @@ package does not offer stand here as a few lines of plain torch. docs/results ge
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.layers.presets import role_of
+from sdgp_cusparselt.packing.sampling import mvue_two
 from sdgp_cusparselt.telemetry.quality import Converter, preset_variants
 from sdgp_cusparselt.training.methods import parse_method
 from sdgp_cusparselt.training.quality_run import as_rows, dense_trainer, measure
 from sdgp_cusparselt.training.run import RunSpec
 from sdgp_cusparselt.training.sweep import environment
-from sdgp_cusparselt.training.tasks import get_task
+from sdgp_cusparselt.training.tasks import CONTEXT, get_task
 
 ROOT = Path(__file__).parents[1]
 TASK, STEPS, MEASURED_AT, SEED = "code-lm", 1000, (200, 500, 800), 20
@@ -117,6 +118,32 @@ def permuted(grad: Tensor) -> Tensor:
     return torch.empty_like(grad).index_copy_(1, order, mvue(grad[:, order]))
 
 
+def stratified(grad: Tensor) -> Tensor:
+    """Return mvue whose draws of a column's groups are spread evenly over the tokens."""
+    groups = grad.view(len(grad), -1, 4)
+    place = torch.rand(groups.shape[:2]).argsort(dim=0)
+    bits = ((place + torch.rand(groups.shape[:2])) * (2**16 / len(grad))).int().clamp_(max=0xFFFF)
+    sizes = tuple(groups[..., i].abs().contiguous() for i in range(4))
+    chosen, worth, _ = mvue_two(sizes, bits)
+    kept = torch.zeros_like(groups)
+    pair = chosen.nibbles().long()[..., None]
+    for index in (pair & 3, pair >> 2):
+        member = groups.gather(-1, index)
+        kept.scatter_(-1, index, torch.maximum(member.abs(), worth[..., None]).copysign(member))
+    return kept.view(grad.shape)
+
+
+def with_feedback(grad: Tensor) -> Tensor:
+    """Return magnitude whose error each token hands on to the next of its window."""
+    windows = grad.view(-1, CONTEXT, grad.shape[1])
+    kept, error = torch.empty_like(windows), torch.zeros_like(windows[:, 0])
+    for token in range(CONTEXT):
+        wanted = windows[:, token] + error
+        kept[:, token] = sdgp.prune(wanted)
+        error = wanted - kept[:, token]
+    return kept.view(grad.shape)
+
+
 class _Approximate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Any, approximate: Any) -> Tensor:
@@ -167,11 +194,11 @@ def variants() -> dict[str, Converter]:
     config = sdgp.SDGPConfig(prune="mvue", backend="dense")
     weight_only = config.replace(prune="none", grad_weight="sparse")
     found: dict[str, Converter] = {
-        "mvue": partial(convert_, config=config),
-        "magnitude": partial(convert_, config=config.replace(prune="magnitude")),
+        "mvue": preset_variants(config)["all"],
+        "magnitude": preset_variants(config.replace(prune="magnitude"))["all"],
         "readers: mvue": preset_variants(config)["readers"],
         "readers: magnitude": preset_variants(config.replace(prune="magnitude"))["readers"],
-        "grad_weight: mvue": partial(convert_, config=weight_only),
+        "grad_weight: mvue": preset_variants(weight_only)["all"],
         "balanced: mvue": preset_variants(config)["balanced"],
         "mvue, all but the attention output": partial(without, "proj"),
         "mvue, head too": with_heads,
@@ -189,23 +216,29 @@ def variants() -> dict[str, Converter]:
         "mvue, channels permuted": permuted,
         "mvue, mean token apart": centred,
         "mvue, turned by Hadamard": rotated,
+        "mvue, draws stratified over tokens": stratified,
+        "magnitude, error fed on to the next token": with_feedback,
     }
     return found | {name: partial(approximating, way) for name, way in rest.items()}
 
 
-def document(num_batches: int) -> dict[str, Any]:
-    """Train densely, stop at each step, and measure every variant there."""
+def document(
+    num_batches: int, measured_at: Sequence[int], only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Train densely, stop at each step, and measure every variant, or some, there."""
+    wanted = variants()
+    wanted = {name: wanted[name] for name in only or wanted}
     task = get_task(TASK)
     dataset, recipe = task.load(), task.recipe.replace(steps=STEPS)
     spec = RunSpec(TASK, parse_method("dense"), SEED, recipe, backend="dense")
     points = {}
     with Progress() as bars:
-        for at in MEASURED_AT:
+        for at in measured_at:
             steps = bars.add_task(f"dense to {at}", total=at)
             trainer = dense_trainer(task, dataset, recipe, at, SEED, partial(bars.advance, steps))
             torch.manual_seed(SEED)
             batches = bars.add_task(f"batches at {at}", total=num_batches)
-            found = measure(trainer, variants(), num_batches, partial(bars.advance, batches))
+            found = measure(trainer, wanted, num_batches, partial(bars.advance, batches))
             points[str(at)] = as_rows(found)
     return {
         "task": TASK,
@@ -221,8 +254,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batches", type=int, default=NUM_BATCHES)
     parser.add_argument("--json", type=Path, default=ROOT / "docs/results/gradient-quality.json")
+    parser.add_argument("--at", type=int, nargs="+", default=MEASURED_AT, metavar="STEP")
+    parser.add_argument("--only", nargs="+", default=(), choices=variants(), metavar="WAY")
     args = parser.parse_args()
-    content = document(args.batches)
+    content = document(args.batches, args.at, args.only)
     args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for at, rows in content["measured_at"].items():
         print(f"step {at}")

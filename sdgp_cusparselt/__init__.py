@@ -35,7 +35,8 @@ else:
         SDGPScheduleWarning,
     )
     from sdgp_cusparselt.layers.convert import convert_, revert_, set_enabled_
-    from sdgp_cusparselt.layers.report import ConversionReport
+    from sdgp_cusparselt.layers.fuse import fuse_
+    from sdgp_cusparselt.layers.report import ConversionReport, FusionReport
     from sdgp_cusparselt.layers.stepping import load_schedule_state, schedule_state, step, step_with
     from sdgp_cusparselt.packing import MetadataLayout, Packed24
     from sdgp_cusparselt.products.by_hand import library_layout, matmul, pack
@@ -51,6 +52,7 @@ __all__ = [
     "BackendStatus",
     "ConversionReport",
     "EquivalenceError",
+    "FusionReport",
     "MetadataLayout",
     "NotSupportedError",
     "Packed24",
@@ -65,6 +67,7 @@ __all__ = [
     "backend_status",
     "convert_",
     "functional",
+    "fuse_",
     "library_layout",
     "load_schedule_state",
     "matmul",

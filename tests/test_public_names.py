@@ -7,14 +7,15 @@ import pytest
 #: Module -> the names that users import from it.
 PUBLIC = {
     "sdgp_cusparselt": """
-        BackendStatus ConversionReport EquivalenceError MetadataLayout NotSupportedError Packed24
+        BackendStatus ConversionReport EquivalenceError FusionReport MetadataLayout
+        NotSupportedError Packed24
         SDGPCacheWarning SDGPConfig SDGPError SDGPFallbackWarning SDGPScheduleWarning Schedule
-        Telemetry __version__ backend_status convert_ functional library_layout
+        Telemetry __version__ backend_status convert_ functional fuse_ library_layout
         load_schedule_state matmul nn pack prune record_shapes revert_ schedule_state set_enabled_
         step step_with telemetry
     """,
     "sdgp_cusparselt.nn": "SDGPConv1D SDGPConv2d SDGPLinear SDGPModule",
-    "sdgp_cusparselt.functional": "conv2d linear linear_cross_entropy",
+    "sdgp_cusparselt.functional": "conv2d gated_mlp linear linear_cross_entropy mlp",
     "sdgp_cusparselt.config": "SDGPConfig Schedule check_config",
     "sdgp_cusparselt.pruning": "prune",
     "sdgp_cusparselt.packing": "MetadataLayout Packed24 matmul pack",

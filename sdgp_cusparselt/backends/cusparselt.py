@@ -11,7 +11,7 @@ from sdgp_cusparselt.backends.certificates import Certificates
 from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.backends.plans import STRUCTURED_MULTIPLE, PlanCache
+from sdgp_cusparselt.backends.plans import STRUCTURED_MULTIPLE, PlanCache, padded_columns
 from sdgp_cusparselt.backends.reasons import memory_reasons, pattern_reasons, size_reasons
 from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
@@ -57,6 +57,9 @@ class CusparseLtBackend:
     def gemm_of(self, problem: Problem) -> Gemm:
         """Return the sparse product that ``problem`` becomes."""
         m, n, k = problem.m, problem.n, problem.k
+        if problem.structured == "weight":
+            columns, order = padded_columns(n, problem.dtype), problem.dense_order or "col"
+            return Gemm(m, columns, k, problem.dtype, order, problem.device, "col")
         if problem.product == "grad_weight":
             k -= k % STRUCTURED_MULTIPLE
         return Gemm(m, n, k, problem.dtype, problem.dense_order or "row", problem.device)

@@ -25,7 +25,8 @@ def linear_grad_input(
     config: SDGPConfig,
 ) -> Tensor:
     """Return prune(grad_output) @ weight."""
-    if blocks.takes(grad_output) and not is_sampling():
+    whole = config.heavy_tokens > 0  # which rows are heavy, all rows together decide
+    if blocks.takes(grad_output) and not is_sampling() and not whole:
         return blocks.linear_grad_input(grad_output, weight, config)
     with span("prune", weight.device):
         pruned = prune_features(grad_output, config)

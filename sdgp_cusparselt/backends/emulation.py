@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import SDGPFallbackWarning
+from sdgp_cusparselt.packing.heavy import heaviest, heavy_capacity, row_energies
 from sdgp_cusparselt.packing.pack import MAX_SIDE, kernel_obstacle
 from sdgp_cusparselt.packing.prune import prune_dense
 from sdgp_cusparselt.pruning.compiled import prune_compiled
@@ -33,7 +34,16 @@ def prune_features(grad_output: Tensor, config: SDGPConfig) -> Tensor:
         kept = _by_kernel(matrix, config.prune, config, -1, tokens).view(grad_output.shape)
     else:
         kept = _prune(grad_output, config.prune, config, -1)
+    if config.heavy_tokens and matrix.ndim == 2:
+        return _with_heavy_rows(kept, matrix, config.heavy_tokens)
     return decayed(kept, grad_output, config.beta)
+
+
+def _with_heavy_rows(kept: Tensor, matrix: Tensor, share: float) -> Tensor:
+    """Return kept with the heaviest rows of [tokens, features] as they were."""
+    heavy = heaviest(row_energies(matrix), heavy_capacity(len(matrix), share))
+    rows = kept.reshape(matrix.shape).index_copy(0, heavy, matrix.index_select(0, heavy))
+    return rows.view(kept.shape)
 
 
 def decayed(kept: Tensor, grad_output: Tensor, beta: float) -> Tensor:

@@ -12,15 +12,21 @@ Packer = Literal["ours", "library"]
 
 @dataclass(frozen=True)
 class Gemm:
-    """[M, N] = [M, K] @ [K, N], the left operand 2:4 along K, the result row-major.
+    """[M, N] = [M, K] @ [K, N], the left operand 2:4 along K.
+
+    A gradient is packed at every call and tokens are M, or K of grad_weight. A weight is packed
+    ahead, once per version, and tokens are N: both dense matrices are column-major then, which is
+    activations as they lie in memory, so none is copied.
 
     Attributes:
         m: rows of the packed operand, before padding.
         n: columns of the result.
         k: reduced dimension.
-        dtype: of both operands and the result; accumulation is in float32.
+        dtype: of both operands; accumulation is in float32, of int8 in int32.
         dense_order: "row" or "col": how [K, N] lies in memory.
         device: where everything lies.
+        result_order: "row" or "col": how [M, N] lies in memory.
+        result_dtype: of the result; that of the operands if None.
     """
 
     m: int
@@ -29,11 +35,28 @@ class Gemm:
     dtype: torch.dtype
     dense_order: Literal["row", "col"]
     device: torch.device
+    result_order: Literal["row", "col"] = "row"
+    result_dtype: torch.dtype | None = None
+
+    @property
+    def packed_ahead(self) -> bool:
+        """Whether the packed operand is a weight, which is not packed at every call."""
+        return self.result_order == "col"
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Element type of the result."""
+        return self.dtype if self.result_dtype is None else self.result_dtype
 
     def describe(self) -> str:
         """Return a short form for messages and tables."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"M={self.m} N={self.n} K={self.k} {dtype} {self.dense_order}"
+        text = f"M={self.m} N={self.n} K={self.k} {dtype} {self.dense_order}"
+        if self.result_order == "col":
+            text += " to col"
+        if self.result_dtype is not None:
+            text += f" {str(self.result_dtype).removeprefix('torch.')}"
+        return text
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,17 @@ from sdgp_cusparselt.backends.gemm import Candidate, Gemm
 from sdgp_cusparselt.devices import current_stream, on_device
 
 DATA_TYPES = {torch.bfloat16: cslt.DataType.R_16BF, torch.float16: cslt.DataType.R_16F}
+#: What exported weights may have besides, and what their products come in.
+NARROW_TYPES = {
+    torch.int8: cslt.DataType.R_8I,
+    torch.float8_e4m3fn: cslt.DataType.R_8F_E4M3,
+    torch.int32: cslt.DataType.R_32I,
+    torch.float32: cslt.DataType.R_32F,
+}
+_TYPES = DATA_TYPES | NARROW_TYPES
 
 #: Rows and columns of the structured operand are multiples of this, those of the dense one of
-#: half of it, for 16-bit types (cuSPARSELt documentation).
+#: half of it, for 16-bit types; twice that for 8-bit ones (cuSPARSELt documentation).
 STRUCTURED_MULTIPLE = 16
 DENSE_MULTIPLE = 8
 ALIGNMENT = 16
@@ -36,6 +44,8 @@ class PlannedGemm:
         workspace_size: bytes of scratch for a product.
         compressed_size: bytes of the packed operand.
         buffer_size: bytes of scratch for the library's own Compress.
+        out_dtype: element type of the result.
+        by_columns: whether the result lies in memory column by column.
     """
 
     plan: cslt.MatmulPlan
@@ -43,6 +53,8 @@ class PlannedGemm:
     workspace_size: int
     compressed_size: int
     buffer_size: int
+    out_dtype: torch.dtype
+    by_columns: bool = False
 
     def product(self, packed: Tensor, dense: Tensor) -> Tensor:
         """Return packed @ dense: [rows, N], asynchronous on the current stream.
@@ -52,7 +64,11 @@ class PlannedGemm:
             dense: [K, N] in the plan's order.
         """
         device = packed.device
-        out = torch.empty((self.rows, dense.shape[1]), dtype=dense.dtype, device=device)
+        shape = (self.rows, dense.shape[1])
+        if self.by_columns:
+            out = torch.empty(shape[::-1], dtype=self.out_dtype, device=device).t()
+        else:
+            out = torch.empty(shape, dtype=self.out_dtype, device=device)
         size = self.workspace_size
         workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
         self.plan.matmul(
@@ -165,8 +181,15 @@ def describe(handle: cslt.Handle, gemm: Gemm, stack: ExitStack) -> cslt.MatmulDe
     Raises:
         CusparseLtError: the library refused the problem.
     """
-    dtype, rows, row = DATA_TYPES[gemm.dtype], padded_rows(gemm.m), cslt.Order.ROW
-    order = row if gemm.dense_order == "row" else cslt.Order.COL
+    dtype, rows, row = _TYPES[gemm.dtype], padded_rows(gemm.m, gemm.dtype), cslt.Order.ROW
+    orders = {"row": row, "col": cslt.Order.COL}
+    order, out_order, out_dtype = (
+        orders[gemm.dense_order],
+        orders[gemm.result_order],
+        _TYPES[gemm.out_dtype],
+    )
+    whole = gemm.dtype == torch.int8
+    compute = cslt.ComputeType.COMPUTE_32I if whole else cslt.ComputeType.COMPUTE_32F
     structured, dense = cslt.MatDescriptor.structured, cslt.MatDescriptor.dense
     a = stack.enter_context(
         structured(handle, rows, gemm.k, dtype=dtype, order=row, alignment=ALIGNMENT)
@@ -175,9 +198,9 @@ def describe(handle: cslt.Handle, gemm: Gemm, stack: ExitStack) -> cslt.MatmulDe
         dense(handle, gemm.k, gemm.n, dtype=dtype, order=order, alignment=ALIGNMENT)
     )
     d = stack.enter_context(
-        dense(handle, rows, gemm.n, dtype=dtype, order=row, alignment=ALIGNMENT)
+        dense(handle, rows, gemm.n, dtype=out_dtype, order=out_order, alignment=ALIGNMENT)
     )
-    return stack.enter_context(cslt.MatmulDescriptor(handle, a=a, b=b, c=d))
+    return stack.enter_context(cslt.MatmulDescriptor(handle, a=a, b=b, c=d, compute_type=compute))
 
 
 def plan_gemm(handle: cslt.Handle, gemm: Gemm, candidate: Candidate) -> PlannedGemm:
@@ -192,7 +215,15 @@ def plan_gemm(handle: cslt.Handle, gemm: Gemm, candidate: Candidate) -> PlannedG
         _select(selection, candidate)
         plan = stack.enter_context(cslt.MatmulPlan(handle, matmul, selection))
         compressed, buffer = plan.compressed_size()
-        planned = PlannedGemm(plan, matmul.a.rows, plan.workspace_size, compressed, buffer)
+        planned = PlannedGemm(
+            plan,
+            matmul.a.rows,
+            plan.workspace_size,
+            compressed,
+            buffer,
+            gemm.out_dtype,
+            gemm.result_order == "col",
+        )
         stack.pop_all()
         return planned
 
@@ -209,14 +240,21 @@ def _select(selection: cslt.AlgSelection, candidate: Candidate) -> None:
         selection.set(attribute.SPLIT_K_BUFFERS, candidate.split_k_buffers)
 
 
-def padded_rows(rows: int) -> int:
+def padded_rows(rows: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Return rows rounded up to what the library takes for a structured operand."""
-    return -(-rows // STRUCTURED_MULTIPLE) * STRUCTURED_MULTIPLE
+    multiple = STRUCTURED_MULTIPLE * 2 // dtype.itemsize
+    return -(-rows // multiple) * multiple
+
+
+def padded_columns(columns: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Return columns rounded up to what the library takes for a dense operand."""
+    multiple = DENSE_MULTIPLE * 2 // dtype.itemsize
+    return -(-columns // multiple) * multiple
 
 
 def planned_as(gemm: Gemm) -> Gemm:
     """Return gemm with its rows padded: token counts that pad alike share a plan."""
-    rows = padded_rows(gemm.m)
+    rows = padded_rows(gemm.m, gemm.dtype)
     return gemm if rows == gemm.m else replace(gemm, m=rows)
 
 

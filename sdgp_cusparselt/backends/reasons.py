@@ -17,6 +17,12 @@ MAX_ELEMENTS = 2**31 - 1
 def pattern_reasons(problem: Problem) -> list[str]:
     """Return why no sparse tensor core runs what the user chose; it is emulated then."""
     config, reasons = problem.config, []
+    if problem.structured == "weight":
+        if (config.weight_n, config.weight_m) not in HARDWARE_PATTERNS:
+            reasons.append(f"a {config.weight_n}:{config.weight_m} weight is no 2:4 operand")
+        if 0 < config.weight_beta < 1:
+            reasons.append("mask decay (0 < weight_beta < 1) leaves no zeros to skip")
+        return reasons
     if (config.n, config.m) not in HARDWARE_PATTERNS:
         reasons.append(f"{config.n}:{config.m} does not fit the 2:4 format")
     if config.decays and problem.product == "grad_input":
@@ -31,10 +37,16 @@ def size_reasons(problem: Problem) -> list[str]:
         reasons.append("float32 runs 1:2 on sparse tensor cores, not 2:4; use bfloat16 autocast")
     elif problem.dtype not in DATA_TYPES:
         reasons.append(f"{problem.dtype} is neither bfloat16 nor float16")
-    if problem.product == "grad_input":
-        rules = (("K (outputs)", k, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE))
+    if problem.structured == "weight":
+        names = ("outputs", "inputs") if problem.product == "output" else ("inputs", "outputs")
+        rules = tuple(
+            (f"{letter} ({name})", value, STRUCTURED_MULTIPLE)
+            for letter, name, value in zip("MK", names, (m, k), strict=True)
+        )
+    elif problem.product == "grad_input":
+        rules = ("K (outputs)", k, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE)
     else:
-        rules = (("M (outputs)", m, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE))
+        rules = ("M (outputs)", m, STRUCTURED_MULTIPLE), ("N (inputs)", n, DENSE_MULTIPLE)
         if 0 < k < STRUCTURED_MULTIPLE:
             reasons.append(f"K (tokens) is {k}, fewer than {STRUCTURED_MULTIPLE}")
     for name, value, multiple in rules:
@@ -51,7 +63,8 @@ def memory_reasons(problem: Problem) -> list[str]:
     """Return what is wrong with how the operands lie in memory."""
     if problem.conv is not None and not problem.channels_last:
         fix = "use model.to(memory_format=torch.channels_last)"
-        return [f"grad_output is not channels_last; {fix}"]
+        operand = "input" if problem.product == "output" else "grad_output"
+        return [f"{operand} is not channels_last; {fix}"]
     # Only grad_weight's tokens may end between two rows of the operand: those are cut off.
     if problem.dense_order is None or (problem.product, problem.dense_order) == (
         "grad_weight",
@@ -65,6 +78,8 @@ def _conv_reasons(problem: Problem, conv: ConvGeometry) -> list[str]:
     reasons = []
     if conv.groups != 1:
         reasons.append(f"the convolution has {conv.groups} groups")
+    if problem.structured == "weight" and conv.stride != (1, 1):
+        reasons.append("a strided convolution would copy the pixels that it reads")
     if problem.kernel_size != (1, 1) or conv.padding != (0, 0):
         # Columns that overlap are written, read and added up: 110 bytes for each input element.
         reasons.append("only an unpadded 1x1 convolution is one product with nothing to add up")

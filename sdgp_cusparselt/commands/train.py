@@ -21,13 +21,21 @@ from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.training.checkpoint import write_json
 from sdgp_cusparselt.training.data import Dataset
+from sdgp_cusparselt.training.equal_loss import SHARES, dense_specs, equal_loss_document
 from sdgp_cusparselt.training.interrupts import StopSignal
 from sdgp_cusparselt.training.methods import SWEEPS, Method, parse_method, parse_methods
 from sdgp_cusparselt.training.plots import check_matplotlib, plot_curves, plot_rows
 from sdgp_cusparselt.training.progress import SweepProgress
 from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.recipe_file import is_task, open_task, shipped_recipes
-from sdgp_cusparselt.training.report import markdown_table, terminal_table, verdict
+from sdgp_cusparselt.training.report import (
+    STEPS_TO_EQUAL_LOSS,
+    aligned_rows,
+    markdown_rows,
+    markdown_table,
+    terminal_table,
+    verdict,
+)
 from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped
 from sdgp_cusparselt.training.sweep import check_methods, plan_runs, report_document, run_sweep
 from sdgp_cusparselt.training.tasks import TASKS, Task
@@ -69,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="S",
         help="seeds S .. S+K-1; take fresh ones to judge what was chosen by looking at others",
+    )
+    parser.add_argument(
+        "--equal-loss",
+        action="store_true",
+        help="also train dense at "
+        + ", ".join(f"{share:.0%}" for share in SHARES).replace("%", "%%")
+        + " of the steps, and say how many more steps than dense each method takes to its loss",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
@@ -114,27 +129,39 @@ def run(args: argparse.Namespace) -> int:
     check_methods(task, methods)
     check_matplotlib()
     dataset = task.load()
-    _prepare(out, specs, resume=args.resume, overwrite=args.overwrite)
-    return _train(args, task, dataset, specs, out, output)
+    sweeps = {out: specs}
+    if args.equal_loss:
+        others = dense_specs("train", task, specs, len(dataset.train))
+        sweeps |= {out / f"dense-{steps}": dense for steps, dense in others.items()}
+    for folder, planned in sweeps.items():
+        _prepare(folder, planned, resume=args.resume, overwrite=args.overwrite)
+    return _train(args, task, dataset, sweeps, output)
 
 
 def _train(
     args: argparse.Namespace,
     task: Task,
     dataset: Dataset,
-    specs: list[RunSpec],
-    out: Path,
+    sweeps: dict[Path, list[RunSpec]],
     output: Output,
 ) -> int:
-    stop = StopSignal()
-    progress = SweepProgress(len(specs), console(sys.stderr), quiet=output.quiet)
+    stop, (out, *others) = StopSignal(), sweeps
+    count = sum(len(specs) for specs in sweeps.values())
+    progress = SweepProgress(count, console(sys.stderr), quiet=output.quiet)
     try:
         with stop, progress as bars:
-            results = run_sweep(specs, task, dataset, out, stop, bars.on_run, bars.on_step)
+            results = {
+                folder: run_sweep(specs, task, dataset, folder, stop, bars.on_run, bars.on_step)
+                for folder, specs in sweeps.items()
+            }
     except Stopped as stopped:
         print(f"sdgp train: {stopped}. To go on: {_resume_command(args, out)}", file=sys.stderr)
         return stop.exit_code
-    document = report_document(task, dataset, specs, results)
+    document = report_document(task, dataset, sweeps[out], results[out])
+    if others:
+        document["equal_loss"] = equal_loss_document(
+            document, [run for folder in others for run in results[folder]]
+        )
     document["command"] = _command(args)
     _publish(args, task, document, out, output)
     return 0
@@ -151,7 +178,9 @@ def _publish(
     }
     write_json(paths["JSON"], document)
     output.write_json(document)
-    text = f"{markdown_table(document, task.metric)}\nMade by `{document['command']}`.\n"
+    ratios = document.get("equal_loss", {}).get("table")
+    more = f"\n{markdown_rows(ratios)}\n\n{STEPS_TO_EQUAL_LOSS}\n" if ratios else ""
+    text = f"{markdown_table(document, task.metric)}{more}\nMade by `{document['command']}`.\n"
     # Paths of another encoding than the terminal's come as surrogates.
     encoded = text.encode("utf-8", "surrogateescape")
     write_atomically(paths["Markdown"], lambda file: file.write(encoded))
@@ -161,6 +190,10 @@ def _publish(
     output.print()
     output.print(terminal_table(document, task.metric, output.width))
     output.print()
+    if ratios:
+        output.print(aligned_rows(ratios))
+        output.prose(STEPS_TO_EQUAL_LOSS)
+        output.print()
     for name, path in paths.items():
         output.print(f"{name}: {path}")
 
@@ -222,6 +255,7 @@ def _command(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> str:
     if args.sweep or args.methods != DEFAULT_METHODS:
         words += ["--sweep", args.sweep] if args.sweep else ["--methods", args.methods]
     words += ["--seeds", str(args.seeds)]
+    words += ["--equal-loss"] if args.equal_loss else []
     if args.first_seed:
         words += ["--first-seed", str(args.first_seed)]
     for name in (

@@ -5,15 +5,19 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from sdgp_cusparselt.config.combinations import why_not
 from sdgp_cusparselt.config.patterns import (
     HARDWARE_PATTERNS,
     PruneMethod,
     check_pattern,
+    check_sizes,
     checked_int,
 )
 from sdgp_cusparselt.config.schedule import Schedule, Stage
 from sdgp_cusparselt.errors import type_error, value_error
 
+ForwardMode = Literal["dense", "sparse_weight"]
+GradInputOperand = Literal["grad_output", "weight"]
 GradWeightMode = Literal["dense", "sparse"]
 BackendName = Literal["auto", "cusparselt", "dense"]
 OnUnsupported = Literal["plain", "emulate", "raise"]
@@ -23,9 +27,13 @@ TunePolicy = Literal["auto", "first_use", "ahead", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class SDGPConfig:
-    """How a layer's backward pass prunes its data gradient.
+    """Which operands of a layer's three products are 2:4, and how they are pruned.
 
-    grad_input = prune(grad_output) @ weight
+    output      = input @ weight.T                (weight 2:4 if forward="sparse_weight")
+    grad_input  = prune(grad_output) @ weight     (or grad_output @ weight, 2:4 along out_features)
+    grad_weight = grad_output.T @ input           (grad_output 2:4 along tokens if so configured)
+
+    What makes sense together is the table of ``config.combinations``.
 
     Attributes:
         prune: none, random, magnitude, rescaled_magnitude or mvue; see ``sdgp.prune``. mvue by
@@ -34,6 +42,18 @@ class SDGPConfig:
         m: group size, at most 32. 2:4 and 1:4 run on hardware, every other pattern is emulated.
         beta: mask decay of grad_input: kept + beta * (grad_output - kept), with kept the pruned
             gradient. 0 prunes, 1 is dense; between them the gradient has no zeros: emulated.
+        heavy_tokens: share of a linear layer's tokens, those of largest gradient, that grad_input
+            takes exactly; each costs a second row of the same sparse product. Only with mvue 2:4;
+            convolutions have none.
+        forward: "dense", or "sparse_weight": the weight pruned weight_n:weight_m along in_features,
+            by the layer's mask or, without one, by magnitude whenever it is packed. Every product
+            then uses the pruned weight; its gradient reaches the whole weight (straight through).
+        grad_input: which operand of it is sparse: "grad_output", as ``prune`` says, or "weight":
+            the pruned weight, pruned along out_features as well. Needs prune="none".
+        weight_n: elements of the weight kept per group.
+        weight_m: its group size. 2:4 and 1:4 run on hardware, every other pattern is emulated.
+        weight_beta: mask decay of the weight: kept + weight_beta * the rest. 0 prunes, 1 is dense;
+            between them the weight has no zeros: emulated.
         grad_weight: "dense" as in the paper, or "sparse": grad_output pruned 2:4 along tokens.
         grad_weight_prune: method for that pruning; mvue, because a biased one does not train.
         backend: "auto": sparse or plain where the tensors' device has sparse tensor cores, emulated
@@ -57,7 +77,8 @@ class SDGPConfig:
             then does compiled code tell its layers apart, at one compilation for each.
         schedule: how prune, n, m and beta change over the steps; ``sdgp.step`` drives it. The
             other fields are where it arrives. Layers hold what ``at`` returns for their step.
-        prunes: whether grad_input differs from the dense one at all.
+        prunes: whether the gradient is pruned for grad_input at all.
+        masks_weight: whether the products use a pruned weight at all.
         text: all of these as one string, for custom operators; ``from_text`` turns it back.
     """
 
@@ -65,8 +86,14 @@ class SDGPConfig:
     n: int = 2
     m: int = 4
     beta: float = 0.0
+    heavy_tokens: float = 0.0
+    forward: ForwardMode = "dense"
+    grad_input: GradInputOperand = "grad_output"
     grad_weight: GradWeightMode = "dense"
     grad_weight_prune: PruneMethod = "mvue"
+    weight_n: int = 2
+    weight_m: int = 4
+    weight_beta: float = 0.0
     backend: BackendName = "auto"
     on_unsupported: OnUnsupported = "plain"
     on_slower: OnSlower = "plain"
@@ -76,26 +103,32 @@ class SDGPConfig:
     schedule: Schedule | None = None
     # Stored, because a property would have compiled code depend on beta beyond the text.
     prunes: bool = field(init=False, repr=False, compare=False, default=False)
+    masks_weight: bool = field(init=False, repr=False, compare=False, default=False)
     text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         """Raise ValueError or TypeError, naming field, rule and value."""
         hints = get_type_hints(type(self))
         check_pattern("SDGPConfig", self.prune, self.n, self.m, argument="prune")
+        check_sizes("SDGPConfig", self.weight_n, self.weight_m, names=("weight_n", "weight_m"))
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for name, value in given.items():
             choices = get_args(hints[name])
             if name == "schedule":
                 self._check_schedule()
-            elif name == "beta":
-                self._check_beta()
+            elif name in ("beta", "weight_beta"):
+                self._check_beta(name)
+            elif name == "heavy_tokens":
+                self._check_heavy_tokens()
             elif choices:
                 self._check_choice(name, value, choices)
             else:
                 checked_int("SDGPConfig", name, value)
         self._check_ranges()
         prunes = self.prune != "none" and self.n < self.m and self.beta < 1
+        masks = self.weight_n < self.weight_m and self.weight_beta < 1
         object.__setattr__(self, "prunes", prunes)
+        object.__setattr__(self, "masks_weight", self.forward == "sparse_weight" and masks)
         given["schedule"] = None if self.schedule is None else self.schedule.as_dict()
         object.__setattr__(self, "text", json.dumps(given))
 
@@ -104,11 +137,28 @@ class SDGPConfig:
             rule = f"one of {', '.join(choices)}"
             raise value_error("SDGPConfig", name, rule, repr(value), "Pick one of these.")
 
-    def _check_beta(self) -> None:
-        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool):
-            raise type_error("SDGPConfig", "beta", "a number", repr(self.beta), "0 prunes.")
-        if not 0 <= self.beta <= 1:
-            raise value_error("SDGPConfig", "beta", "in 0..1", self.beta, "0 prunes, 1 is dense.")
+    def _check_beta(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise type_error("SDGPConfig", name, "a number", repr(value), "0 prunes.")
+        if not 0 <= value <= 1:
+            raise value_error("SDGPConfig", name, "in 0..1", value, "0 prunes, 1 is dense.")
+
+    def _check_heavy_tokens(self) -> None:
+        share = self.heavy_tokens
+        if not isinstance(share, int | float) or isinstance(share, bool):
+            fix = "0.06 keeps 6 % of them."
+            raise type_error("SDGPConfig", "heavy_tokens", "a number", repr(share), fix)
+        if not 0 <= share <= 1:
+            fix = "0.06 keeps 6 % of them."
+            raise value_error("SDGPConfig", "heavy_tokens", "in 0..1", share, fix)
+        if share and ((self.prune, self.n, self.m) != ("mvue", 2, 4) or self.beta):
+            rule, got = (
+                "0 but for mvue 2:4 without beta",
+                f"{share} with {self.prune} {self.n}:{self.m}",
+            )
+            fix = "Use prune='mvue': what is not heavy has to be unbiased."
+            raise value_error("SDGPConfig", "heavy_tokens", rule, got, fix)
 
     def _check_schedule(self) -> None:
         given: object = self.schedule
@@ -139,6 +189,9 @@ class SDGPConfig:
                 f'"sparse" with {self.n}:{self.m}',
                 "Use n=2, m=4, or grad_weight='dense'.",
             )
+        fault = why_not(self)
+        if fault is not None:
+            raise value_error("SDGPConfig", *fault)
 
     @property
     def on_hardware(self) -> bool:
@@ -182,6 +235,14 @@ class SDGPConfig:
             parts.append(f"beta={self.beta:.3g}")
         if self.prunes and not self.on_hardware:
             parts.append("(emulated)")
+        if self.heavy_tokens:
+            parts.append(f"heavy_tokens={self.heavy_tokens:.3g}")
+        if self.forward == "sparse_weight":
+            parts.append(f"weight {self.weight_n}:{self.weight_m}")
+            if 0 < self.weight_beta < 1:
+                parts.append(f"weight_beta={self.weight_beta:.3g}")
+        if self.grad_input == "weight":
+            parts.append("both ways")
         if self.grad_weight == "sparse":
             parts.append(f"grad_weight={self.grad_weight_prune}")
         if self.backend != "auto":
@@ -207,6 +268,8 @@ def _at_stage(config: SDGPConfig, stage: Stage) -> SDGPConfig:
         changes["beta"] = config.beta
     if stage.prune == "none":
         changes["grad_weight"] = "dense"
+    if (stage.prune, stage.n, stage.m, changes["beta"]) != ("mvue", 2, 4, 0):
+        changes["heavy_tokens"] = 0.0
     return config.replace(**changes)
 
 

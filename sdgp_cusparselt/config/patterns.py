@@ -20,11 +20,27 @@ def check_pattern(
     if method not in METHODS:
         rule = f"one of {', '.join(METHODS)}"
         raise value_error(function, argument, rule, repr(method), "Pick one of these.")
-    n, m = checked_int(function, "n", n), checked_int(function, "m", m)
+    check_sizes(function, n, m)
+
+
+def check_sizes(
+    function: str, n: object, m: object, names: tuple[str, str] = ("n", "m")
+) -> tuple[int, int]:
+    """Return n and m if 1 <= n <= m <= 32, else raise.
+
+    Args:
+        function: that is named in errors.
+        n: elements kept.
+        m: of how many.
+        names: of the two arguments.
+    """
+    n, m = checked_int(function, names[0], n), checked_int(function, names[1], m)
     if not 1 <= m <= MAX_M:
-        raise value_error(function, "m", f"in 1..{MAX_M}", m, "Hardware runs m = 4.")
+        raise value_error(function, names[1], f"in 1..{MAX_M}", m, "Hardware runs m = 4.")
     if not 1 <= n <= m:
-        raise value_error(function, "n", f"in 1..m with m = {m}", n, "Hardware runs n = 2.")
+        rule = f"in 1..{names[1]} with {names[1]} = {m}"
+        raise value_error(function, names[0], rule, n, "Hardware runs n = 2.")
+    return n, m
 
 
 def checked_int(function: str, argument: str, value: object) -> int:

@@ -1,4 +1,4 @@
-"""The autograd functions of pruned layers: the only place that saves tensors for backward.
+"""The autograd functions of layers whose gradient is pruned; with ``masked`` all that save tensors.
 
 M, N, K name the sizes of the product at hand. For grad_input that is [M, N] = [M, K] @ [K, N] with
 M = tokens, K = out_features, N = in_features; groups of the pruned operand run along K.
@@ -23,15 +23,26 @@ from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.layers import casting, shards
 from sdgp_cusparselt.layers.plain import ORDINARY
-from sdgp_cusparselt.layers.refusals import INSTEAD, check_one_gradient, once
 from sdgp_cusparselt.products import backward as products
 from sdgp_cusparselt.products import operators as ops
 from sdgp_cusparselt.recording.records import COMPILED, LayerRecord
 
 _COMPILED_TOKEN = COMPILED.token
-_NO_JVP = f"SDGP: forward-mode derivatives of a pruned layer are not defined. {INSTEAD}"
+_INSTEAD = (
+    "Use sdgp.set_enabled_(model, False) or SDGPConfig(prune='none') where that is needed: layers "
+    "that do not prune are torch's own."
+)
+_NO_DOUBLE_BACKWARD = (
+    "SDGP: a second derivative was asked for, but a pruned gradient is not the derivative of any "
+    f"function. {_INSTEAD}"
+)
+NO_JVP = f"SDGP: forward-mode derivatives of a pruned layer are not defined. {_INSTEAD}"
+_NO_BATCHED_GRADIENTS = (
+    "SDGP: a pruned layer takes one gradient at a time, not a batch of them as is_grads_batched, "
+    f"jacrev and vmap over gradients make them. {_INSTEAD}"
+)
 _NO_BATCHED_PARAMETERS = (
-    f"SDGP: a pruned layer cannot be mapped over its weight or bias by vmap. {INSTEAD}"
+    f"SDGP: a pruned layer cannot be mapped over its weight or bias by vmap. {_INSTEAD}"
 )
 
 
@@ -44,7 +55,7 @@ def pruned_linear(
         input, weight, bias = _cast(dtype, input, weight, bias)
     output: Tensor
     if torch.compiler.is_compiling():
-        constants = _constants(config, record)
+        constants = constants_of(config, record)
         output = _Linear.apply(input, weight, bias, *constants)  # type: ignore[no-untyped-call]
     else:
         choices = (config.prunes, config.grad_weight == "sparse", config, record)
@@ -67,7 +78,7 @@ def pruned_conv2d(
     output: Tensor
     operands, geometry = (input, weight, bias), ops.flat_geometry(conv)
     if torch.compiler.is_compiling():
-        constants = _constants(config, record)
+        constants = constants_of(config, record)
         output = _Conv2d.apply(*operands, *constants, *geometry)  # type: ignore[no-untyped-call]
     else:
         choices = (config.prunes, config.grad_weight == "sparse", config, record)
@@ -79,7 +90,7 @@ def _cast(dtype: torch.dtype, *operands: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else casting.cast(x, dtype) for x in operands)
 
 
-def _constants(config: SDGPConfig, record: LayerRecord) -> tuple[bool, bool, str, int]:
+def constants_of(config: SDGPConfig, record: LayerRecord) -> tuple[bool, bool, str, int]:
     """Return what backward needs of a configuration, as constants that compiled code can carry."""
     token = record.token if config.telemetry_every else _COMPILED_TOKEN
     return config.prunes, config.grad_weight == "sparse", config.text, token
@@ -142,7 +153,7 @@ class _LinearTransformed(_Linear):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise SDGPError(_NO_JVP)
+        raise SDGPError(NO_JVP)
 
     @staticmethod
     def vmap(
@@ -165,12 +176,12 @@ def _linear_gradients(
 def _local_linear_gradients(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> shards.Gradients:
-    calls, config, record = _means(ctx, grad_output)
+    calls, config, record = gradient_means(ctx, grad_output)
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input: Tensor | None = None
     grad_weight: Tensor | None = None
-    flat = _tokens(grad_output)
-    tokens = None if input is None else _tokens(input)
+    flat = token_matrix(grad_output)
+    tokens = None if input is None else token_matrix(input)
     if need_input and need_weight and ctx.prunes and ctx.sparse_grad_weight:
         grad_input, grad_weight = calls.linear_grads(grad_output, weight, tokens, config, record)
     else:
@@ -189,7 +200,7 @@ def _local_linear_gradients(
     return grad_input, grad_weight, flat.sum(0) if need_bias else None
 
 
-def _tokens(x: Tensor) -> Tensor:
+def token_matrix(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -241,7 +252,7 @@ class _Conv2dTransformed(_Conv2d):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise SDGPError(_NO_JVP)
+        raise SDGPError(NO_JVP)
 
     @staticmethod
     def vmap(
@@ -256,7 +267,7 @@ def _conv2d_gradients(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor
 ) -> shards.Gradients:
     """Return grad_input, grad_weight and grad_bias, where they are needed."""
-    calls, config, record = _means(ctx, grad_output)
+    calls, config, record = gradient_means(ctx, grad_output)
     conv = ops.geometry_of(ctx.geometry)
     geometry = conv if calls is products else ctx.geometry
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -282,7 +293,7 @@ def _unsaved(ctx: Any, grad_output: Tensor) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=grad_output.dtype, device=grad_output.device)
 
 
-def _means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
+def gradient_means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
     """Return what computes the products, and configuration and record as that takes them.
 
     That is ``products``, or the operators, which alone know what is no plain tensor.
@@ -295,12 +306,22 @@ def _means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
     else:
         casting.forget()
         is_plain = type(grad_output) is Tensor and not torch._C._are_functorch_transforms_active()
-        check_one_gradient(grad_output)
+        check_one(grad_output)
     if is_plain:
         return products, ctx.config, ctx.record
     if isinstance(ctx.config, str):  # compiled forward
         return ops, ctx.config, ctx.record
     return ops, ctx.config.text, ctx.record.token
+
+
+def check_one(grad_output: Tensor, why: str = _NO_BATCHED_GRADIENTS) -> None:
+    """Raise SDGPError where vmap maps over a gradient, at whatever depth of other transforms."""
+    x = grad_output
+    is_batched = _functorch.is_legacy_batchedtensor(x)
+    while not is_batched and _functorch.is_functorch_wrapped_tensor(x):
+        is_batched, x = _functorch.is_batchedtensor(x), _functorch.get_unwrapped(x)
+    if is_batched:
+        raise SDGPError(why)
 
 
 def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:
@@ -309,6 +330,37 @@ def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:
     if dim is None or any(other is not None for other in others):
         raise SDGPError(_NO_BATCHED_PARAMETERS)
     return dim
+
+
+class _NoDoubleBackward(Function):
+    """Hands gradients through and raises when they are differentiated."""
+
+    @staticmethod
+    def forward(why: str, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.why = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise SDGPError(ctx.why)
+
+
+def once(
+    ctx: Any, grad_output: Tensor, *grads: Tensor | None, why: str = _NO_DOUBLE_BACKWARD
+) -> tuple[Tensor | None, ...]:
+    """Return grads; with create_graph=True, such that differentiating them raises."""
+    if not torch.is_grad_enabled():
+        return grads
+    sources = (grad_output, *ctx.saved_tensors)
+    anchor = next((t for t in sources if t is not None and t.requires_grad), None)
+    if anchor is None:
+        return grads
+    present = [g for g in grads if g is not None]
+    guarded = iter(_NoDoubleBackward.apply(why, anchor, *present))  # type: ignore[no-untyped-call]
+    return tuple(None if g is None else next(guarded) for g in grads)
 
 
 # For ``_applied``.

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error, value_error
+from sdgp_cusparselt.layers.fused_modules import FusedModule, check_unfusable, unfuse_module_
 from sdgp_cusparselt.layers.modules import (
     SDGPModule,
     adopt_,
@@ -17,7 +18,7 @@ from sdgp_cusparselt.layers.modules import (
     sdgp_class_of,
 )
 from sdgp_cusparselt.layers.plain import reason_against_weight
-from sdgp_cusparselt.layers.presets import Preset, configs_of
+from sdgp_cusparselt.layers.presets import Preset, configs_of, default_preset
 from sdgp_cusparselt.layers.report import ConversionReport, grouped
 from sdgp_cusparselt.layers.unsuitable import adapters, output_layers, why_other_kind
 
@@ -36,7 +37,7 @@ def convert_(
     config: Configs | None = None,
     filter_fn: FilterFn | None = None,
     *,
-    preset: Preset = "all",
+    preset: Preset | None = None,
     include_heads: bool = False,
 ) -> ConversionReport:
     """Give every suitable linear and convolution of a model a pruned backward, in place.
@@ -52,9 +53,11 @@ def convert_(
         filter_fn: (module, fully qualified name) -> whether to convert it. Given, it alone decides
             among the layers that can be converted; without it layers that read images, heads and
             layers whose output is no multiple of m stay dense.
-        preset: which layers of a transformer: "all", "readers" of the residual stream (grad_input
-            of qkv, up, gate), or "balanced" (readers, and grad_weight of every layer by mvue).
-            Layers are known by their names; needs one configuration for all.
+        preset: which layers of a transformer: "readers" of the residual stream (grad_input of qkv,
+            up, gate), "balanced" (readers, and grad_weight of every layer by mvue), or "all".
+            Layers are known by their names; needs one configuration for all. If None, "readers" of
+            a transformer, because pruning every layer loses more steps than it gains time; and
+            "all" of other models, and where patterns, filter_fn or include_heads choose layers.
         include_heads: convert also layers named head, fc, classifier, lm_head or score, and what
             ``get_output_embeddings`` returns.
 
@@ -73,6 +76,9 @@ def convert_(
     config = SDGPConfig() if config is None else config
     _check_arguments(model, config, filter_fn)
     report = ConversionReport(config if isinstance(config, SDGPConfig) else None)
+    if preset is None:
+        chooses = filter_fn is not None or include_heads or isinstance(config, Mapping)
+        preset = "all" if chooses or not _prunes(config) else default_preset(unwrapped(model))
     patterns, left_out = _patterns(model, config, preset)
     unused = set(patterns)
     chosen: list[tuple[str, nn.Module, SDGPConfig]] = []
@@ -101,6 +107,11 @@ def convert_(
     return report
 
 
+def _prunes(config: Configs) -> bool:
+    """Whether one configuration prunes grad_input, now or later in its schedule."""
+    return isinstance(config, SDGPConfig) and config.prune != "none"
+
+
 def _patterns(
     model: nn.Module, config: Configs, preset: Preset
 ) -> tuple[Mapping[str, SDGPConfig | None], dict[str, str]]:
@@ -114,7 +125,7 @@ def _patterns(
 
 
 def revert_(model: nn.Module) -> list[str]:
-    """Turn every converted layer of a model back into its plain class, in place.
+    """Turn every converted layer of a model back into its plain class, in place; unfuse it first.
 
     Args:
         model: any module, converted or not.
@@ -127,8 +138,13 @@ def revert_(model: nn.Module) -> list[str]:
             converted. The model is then unchanged.
     """
     layers = _layers(unwrapped(model))
+    fused = [module for module in unwrapped(model).modules() if isinstance(module, FusedModule)]
     for _, module in layers:
         check_releasable("revert_", module)
+    for whole in fused:
+        check_unfusable("revert_", whole)
+    for whole in fused:
+        unfuse_module_(whole)
     for _, module in layers:
         release_(module)
     return [name for name, _ in layers]
@@ -245,6 +261,19 @@ def _reason_against(
         return f"{what}, so it stands at the input and needs no grad_input"
     if config.prunes and reduced % config.m:
         return f"reduces over {reduced} outputs, no multiple of m = {config.m}"
+    return _reason_against_pruning_weight(module, config, reduced)
+
+
+def _reason_against_pruning_weight(
+    module: nn.Module, config: SDGPConfig, outputs: int
+) -> str | None:
+    if not config.masks_weight:
+        return None
+    inputs, m = _weight(module).shape[1], config.weight_m
+    if inputs % m:
+        return f"its weight has {inputs} inputs, no multiple of weight_m = {m}"
+    if config.grad_input == "weight" and outputs % m:
+        return f"its weight has {outputs} outputs, no multiple of weight_m = {m}"
     return None
 
 

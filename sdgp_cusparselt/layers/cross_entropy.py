@@ -10,10 +10,10 @@ from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.config.patterns import checked_int
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError, type_error, value_error
 from sdgp_cusparselt.layers import casting, shards
+from sdgp_cusparselt.layers.autograd import check_one, once
 from sdgp_cusparselt.layers.plain import reason_against
-from sdgp_cusparselt.layers.refusals import check_one_gradient, once
 from sdgp_cusparselt.products import cross_entropy as products
-from sdgp_cusparselt.products import operators as ops
+from sdgp_cusparselt.products import head_operators as ops
 from sdgp_cusparselt.recording.records import COMPILED, LayerRecord, record_of
 
 #: Logits of a slice: 64 MiB of bf16, and 128 MiB of the float32 that they are made into.
@@ -118,6 +118,9 @@ def _check_choices(
     if config.schedule is not None:
         fix = "Pass config.at(step); only layers that convert_ made follow a schedule."
         raise value_error(_NAME, "config", "one without a schedule", config.describe(), fix)
+    if config.forward != "dense":
+        fix = "A head's weight is not pruned here; export a model with 2:4 weights instead."
+        raise value_error(_NAME, "config.forward", '"dense"', repr(config.forward), fix)
     if config.grad_weight == "sparse" and config.grad_weight_prune == "rescaled_magnitude":
         fix = "Its sums run over the vocabulary, which no tile holds. Use mvue."
         rule = "any method but rescaled_magnitude"
@@ -198,7 +201,7 @@ class _LinearCrossEntropy(Function):
         (grad_output,) = grads
         if not torch.compiler.is_compiling():
             casting.forget()
-            check_one_gradient(grad_output, _NO_BATCHED_GRADIENTS)
+            check_one(grad_output, _NO_BATCHED_GRADIENTS)
         with torch.no_grad():
             found = _gradients(ctx, grad_output)
         return once(ctx, grad_output, *found, None, None, None, None, why=_NO_DOUBLE_BACKWARD)

@@ -1,4 +1,4 @@
-"""linear and conv2d with a pruned data gradient, and what they refuse."""
+"""linear and conv2d with a pruned data gradient or weight, and what they refuse."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,15 @@ from sdgp_cusparselt.backends.base import ConvGeometry
 from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.layers.autograd import pruned_conv2d, pruned_linear
+from sdgp_cusparselt.layers.masked import masked_conv2d, masked_linear
 from sdgp_cusparselt.layers.plain import conv2d_prunes, linear_prunes, may_prune
 from sdgp_cusparselt.recording.records import LayerRecord
 
-_NO_RECORD = LayerRecord()
+NO_RECORD = LayerRecord()
 #: One number for both directions, or one for each.
 Pair = int | Sequence[int]
+#: Masks of a weight, bool of its shape: what output keeps of it, and what grad_input keeps of that.
+Masks = tuple[Tensor | None, Tensor | None]
 
 
 def linear(
@@ -24,11 +27,13 @@ def linear(
     *,
     config: SDGPConfig,
     record: LayerRecord | None = None,
+    masks: Masks | None = None,
+    keeps: bool = True,
 ) -> Tensor:
-    """Apply a linear layer whose data gradient is pruned.
+    """Apply a linear layer whose data gradient, or weight, is pruned.
 
-    output      = input @ weight.T + bias
-    grad_input  = prune(grad_output) @ weight
+    output      = input @ weight.T + bias        (weight pruned if so configured)
+    grad_input  = prune(grad_output) @ weight    (or with the weight pruned both ways)
     grad_weight = grad_output.T @ input          (grad_output pruned along tokens if so configured)
     grad_bias   = grad_output summed over tokens
 
@@ -38,6 +43,10 @@ def linear(
         bias: [out_features] or None.
         config: how to prune and on what backend.
         record: where calls and fallbacks are counted; a shared one if None.
+        masks: of a weight that ``config`` prunes: what output keeps of it, and what grad_input
+            keeps of that; None for the largest.
+        keeps: whether a packed weight is kept until its version changes. False for one that
+            something fills anew without a word, as FSDP does.
 
     Returns:
         [..., out_features].
@@ -57,8 +66,10 @@ def linear(
     Source:
         SDGP (arXiv 2202.00774), section on the data gradient.
     """
-    _check("linear", config, input, weight)
-    record = _NO_RECORD if record is None else record
+    check("linear", config, input, weight)
+    record = NO_RECORD if record is None else record
+    if config.masks_weight:
+        return masked_linear(input, weight, bias, masks or (None, None), keeps, config, record)
     if not linear_prunes(input, weight, config, record):
         return F.linear(input, weight, bias)
     return pruned_linear(input, weight, bias, config, record)
@@ -75,8 +86,10 @@ def conv2d(
     *,
     config: SDGPConfig,
     record: LayerRecord | None = None,
+    masks: Masks | None = None,
+    keeps: bool = True,
 ) -> Tensor:
-    """Apply a convolution whose data gradient is pruned along its channels.
+    """Apply a convolution whose data gradient, or weight, is pruned along its channels.
 
     output     = conv2d(input, weight) + bias
     grad_input = conv_transpose2d(prune(grad_output along channels), weight)
@@ -92,6 +105,8 @@ def conv2d(
         groups: number of convolution groups; pruning groups never cross their borders.
         config: how to prune and on what backend.
         record: where calls and fallbacks are counted; a shared one if None.
+        masks: as ``linear``; groups run along the input channels of one tap.
+        keeps: as ``linear``.
 
     Returns:
         [N, out_channels, H_out, W_out] or without N, as input.
@@ -105,24 +120,29 @@ def conv2d(
     Source:
         SDGP (arXiv 2202.00774); groups along channels whatever the memory format is.
     """
-    _check("conv2d", config, input, weight)
-    record = _NO_RECORD if record is None else record
+    check("conv2d", config, input, weight)
+    record = NO_RECORD if record is None else record
     steps, reach = _pair("stride", stride), _pair("dilation", dilation)
     edges = _edges(padding, steps)
     images = weight.ndim == 4 and input.ndim in (3, 4)  # torch says what is wrong with others
-    if not images or not may_prune(input, weight, config, record):
+    pruned = images and (config.masks_weight or may_prune(input, weight, config, record))
+    if not pruned:
         return F.conv2d(input, weight, bias, steps, edges, reach, groups)
     batch = input if input.ndim == 4 else input.unsqueeze(0)
     batch, pads = _padded(batch, weight, edges, reach)
     conv = ConvGeometry(steps, pads, reach, groups)
-    if conv2d_prunes(batch, weight, conv, config, record):
+    if config.masks_weight:
+        both = masks or (None, None)
+        output = masked_conv2d(batch, weight, bias, both, conv, keeps, config, record)
+    elif conv2d_prunes(batch, weight, conv, config, record):
         output = pruned_conv2d(batch, weight, bias, conv, config, record)
     else:
         output = F.conv2d(batch, weight, bias, steps, pads, reach, groups)
     return output if input.ndim == 4 else output.squeeze(0)
 
 
-def _check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> None:
+def check(function: str, config: SDGPConfig, input: Tensor, weight: Tensor) -> None:
+    """Raise unless config is an SDGPConfig without a schedule, and what it prunes is real."""
     check_config(function, config)
     if config.schedule is not None:
         fix = "Pass config.at(step); only layers that convert_ made follow a schedule."

@@ -14,9 +14,16 @@ from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.errors import SDGPError, type_error
 from sdgp_cusparselt.layers import casting, functional
 from sdgp_cusparselt.layers.autograd import pruned_linear
+from sdgp_cusparselt.layers.masked import masked_linear
 from sdgp_cusparselt.layers.plain import linear_prunes, may_prune
 from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
-from sdgp_cusparselt.layers.schedule_state import ScheduleState
+from sdgp_cusparselt.layers.schedule_state import RECIPE, ScheduleState
+from sdgp_cusparselt.layers.weight_masks import (
+    MASK,
+    MASK_T,
+    as_outputs_inputs,
+    clear_weight_mask_,
+)
 from sdgp_cusparselt.recording.records import LayerRecord
 
 _STATE = (
@@ -26,6 +33,7 @@ _STATE = (
     "sdgp_enabled",
     "sdgp_record",
     "sdgp_dense_class",
+    "sdgp_rebound",
 )
 _CONV1D = "TransformersConv1D"
 
@@ -40,6 +48,8 @@ class SDGPModule(nn.Module):
         sdgp_enabled: False runs the layer exactly as its dense class does.
         sdgp_record: calls and fallbacks of this layer.
         sdgp_dense_class: the class that ``to_dense`` and ``revert_`` restore.
+        sdgp_rebound: whether something put another Parameter in the weight's place, as FSDP does
+            at each forward; then its version does not say when it changes.
     """
 
     sdgp_config: SDGPConfig
@@ -48,6 +58,22 @@ class SDGPModule(nn.Module):
     sdgp_enabled: bool
     sdgp_record: LayerRecord
     sdgp_dense_class: type[nn.Module]
+    sdgp_rebound: bool
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and note when it is another weight."""
+        if name == "weight" and value is not self._parameters.get(name):
+            self.__dict__["sdgp_rebound"] = True
+        super().__setattr__(name, value)
+
+    @property
+    def _masks(self) -> tuple[Tensor | None, Tensor | None]:
+        """The masks of the weight as [outputs, inputs, ...], where there are any."""
+        first, second = (self._buffers.get(name) for name in (MASK, MASK_T))
+        return (
+            None if first is None else as_outputs_inputs(self, first),
+            None if second is None else as_outputs_inputs(self, second),
+        )
 
     @classmethod
     def from_dense(cls, module: nn.Module, config: SDGPConfig) -> "SDGPModule":
@@ -79,6 +105,9 @@ class SDGPModule(nn.Module):
         """Take the configuration that holds at a step of the schedule."""
         self.sdgp_config = self.sdgp_base_config.at(step)
         self.sdgp_step = step
+        recipe: Any = self._modules.get(RECIPE)
+        if recipe is not None:
+            recipe.set_step(step)
 
     def extra_repr(self) -> str:
         """Return the dense layer's own description and the active pruning."""
@@ -97,6 +126,9 @@ class SDGPLinear(SDGPModule, nn.Linear):
         if is_traced(input):
             return _as_leaf(self, input)
         config, record = self.sdgp_config, self.sdgp_record
+        if config.masks_weight and self.sdgp_enabled:
+            keeps = not self.sdgp_rebound
+            return masked_linear(input, self.weight, self.bias, self._masks, keeps, config, record)
         if not self.sdgp_enabled or not linear_prunes(input, self.weight, config, record):
             return super().forward(input)
         return pruned_linear(input, self.weight, self.bias, config, record)
@@ -110,7 +142,8 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
         if is_traced(input):
             return _as_leaf(self, input)
         config, record = self.sdgp_config, self.sdgp_record
-        if not self.sdgp_enabled or not may_prune(input, self.weight, config, record):
+        masks = config.masks_weight and self.sdgp_enabled
+        if not self.sdgp_enabled or not (masks or may_prune(input, self.weight, config, record)):
             return super().forward(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -126,6 +159,8 @@ class SDGPConv2d(SDGPModule, nn.Conv2d):
             self.groups,
             config=config,
             record=record,
+            masks=self._masks if masks else None,
+            keeps=not self.sdgp_rebound,
         )
 
 
@@ -151,6 +186,9 @@ class SDGPConv1D(SDGPModule):
         if is_traced(input):
             return _as_leaf(self, input)
         weight, config, record = self.weight.t(), self.sdgp_config, self.sdgp_record
+        if config.masks_weight and self.sdgp_enabled:
+            keeps = not self.sdgp_rebound
+            return masked_linear(input, weight, self.bias, self._masks, keeps, config, record)
         if not self.sdgp_enabled or not linear_prunes(input, weight, config, record):
             output: Tensor = super().forward(input)
             return output
@@ -247,6 +285,7 @@ def adopt_(module: nn.Module, config: SDGPConfig, name: str = "") -> None:
         True,
         LayerRecord(name or type(module).__name__),
         type(module),
+        False,
     )
     module.__dict__.update(zip(_STATE, state, strict=True))
     module.__class__ = target
@@ -276,6 +315,22 @@ def release_(module: nn.Module) -> None:
     for name in _STATE:
         del module.__dict__[name]
     module._modules.pop(SCHEDULE, None)
+    module._modules.pop(RECIPE, None)
+    clear_weight_mask_(module)
+
+
+def reconfigure_(layer: SDGPModule, **changes: Any) -> None:
+    """Change fields of a converted layer's configuration; the step stays.
+
+    Args:
+        layer: a converted layer.
+        changes: fields of ``SDGPConfig``.
+
+    Raises:
+        ValueError, TypeError: as ``SDGPConfig``. The layer is then unchanged.
+    """
+    base, now = layer.sdgp_base_config.replace(**changes), layer.sdgp_config.replace(**changes)
+    layer.sdgp_base_config, layer.sdgp_config = base, now
 
 
 def _twin(module: nn.Module) -> Any:

@@ -15,6 +15,8 @@ from sdgp_cusparselt.errors import SDGPScheduleWarning, value_error
 
 #: Name of the child module of a layer with a schedule, and so a part of its state dict's key.
 NAME = "sdgp_schedule"
+#: Name of the child module that a recipe of ``weights`` gives a layer.
+RECIPE = "sdgp_recipe"
 #: Bytes of the state: distributed checkpoints load into tensors of the same size.
 BLOCK = 1024
 #: Steps of an optimizer after which a schedule that has not moved is reported.

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from sdgp_cusparselt.config.patterns import checked_int
 from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.layers.convert import converted_layers
+from sdgp_cusparselt.layers.schedule_state import RECIPE
 
 #: Layer -> the optimizer whose steps it counts since ``step_with``.
 _drivers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Optimizer]]"
@@ -154,8 +155,12 @@ def _advance(function: str, model: nn.Module) -> int:
 def _count(function: str, model: nn.Module) -> int:
     """Return the steps that every layer of model counted; of those with a schedule, if any has."""
     layers = [layer for _, layer in converted_layers(function, model)]
-    # Only a schedule's step is in checkpoints: the others' would be 0 after loading one.
-    scheduled = [layer for layer in layers if layer.sdgp_base_config.schedule is not None]
+    # Only the step of a schedule or recipe is in checkpoints: others' is 0 after loading one.
+    scheduled = [
+        layer
+        for layer in layers
+        if layer.sdgp_base_config.schedule is not None or RECIPE in layer._modules
+    ]
     counts = {layer.sdgp_step for layer in scheduled or layers}
     if len(counts) > 1:
         fix = "Bring them together with sdgp.load_schedule_state(model, {'step': n})."

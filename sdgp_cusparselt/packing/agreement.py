@@ -52,7 +52,7 @@ def packer_fault(
     if backend == "auto" and not x.is_cuda:  # the interpreter is for tests
         return None
     layouts = (features_layout if features else None, tokens_layout if tokens else None)
-    shape, per_sample = _small(x, layouts, tokens_per_sample)
+    shape, per_sample = small_shape(x, layouts, tokens_per_sample)
     key = (x.device, x.dtype, _covers(shape), per_sample, features, tokens, *layouts)
     if key not in _found:
         if is_capturing(x.device):
@@ -117,7 +117,7 @@ def _operand(shape: tuple[int, int], methods: tuple[str | None, str | None], x: 
     return made
 
 
-def _small(
+def small_shape(
     x: Tensor,
     layouts: tuple[MetadataLayout | None, MetadataLayout | None],
     tokens_per_sample: int | None,

@@ -26,6 +26,7 @@ from sdgp_cusparselt.packing.variants import (
     PackVariant,
     PruneVariant,
     Target,
+    Tile,
     choose_tile,
 )
 
@@ -192,20 +193,16 @@ def prepare_pack(
     if row_stride % OCTET:
         rule = f"a multiple of {OCTET}"
         raise value_error("prepare_pack", "row_stride", rule, row_stride, "Copy x: aligned(x).")
-    along_features = _target(features, features_layout)
-    along_tokens = _target(tokens, tokens_layout)
-    covered = _covered(shape, dtype, along_features, along_tokens)
-    tile = choose_tile(*covered, along_features, along_tokens)
+    along_features = target_of(features, features_layout)
+    along_tokens = target_of(tokens, tokens_layout)
+    blocks = blocks_of(shape, dtype, along_features, along_tokens)
+    tile, grid = blocks.tile, blocks.grid
     rows_per_ratio = num_rows if rows_per_ratio is None else rows_per_ratio
     width = -(-num_cols // OCTET) * OCTET
-    grid = grid_of(covered, tile.block_m, tile.block_k)
-    programs = grid[0] * grid[1] * grid[2]
-    features_tail = _tail(along_features, shape, dtype)
-    tokens_tail = _tail(along_tokens, (num_cols, num_rows), dtype)
     variant = PackVariant(
         dtype,
-        _sharing_tail(along_features, features_tail, programs),
-        _sharing_tail(along_tokens, tokens_tail, programs),
+        blocks.features,
+        blocks.tokens,
         tile,
         n,
         _ratio_kind(features, rows_per_ratio, num_rows, tile.block_m),
@@ -216,22 +213,14 @@ def prepare_pack(
         "pack_kernel",
         device,
         grid,
-        (
-            num_rows,
-            width // OCTET,
-            row_stride // OCTET,
-            rows_per_ratio,
-            features_tail,
-            tokens_tail,
-        ),
+        (num_rows, width // OCTET, row_stride // OCTET, rows_per_ratio, *blocks.tails),
         variant.constants(native=not interpreted()),
         tile.num_warps,
     )
     return PreparedPack(
         width,
         (grid[1] * grid[2], width) if column_sums else None,
-        0 if along_features is None else buffer_nbytes(shape, dtype, along_features.layout),
-        0 if along_tokens is None else buffer_nbytes(shape[::-1], dtype, along_tokens.layout),
+        *operand_nbytes(shape, dtype, along_features, along_tokens),
         features in STOCHASTIC or tokens in STOCHASTIC,
         seeds_in_memory,
         start,
@@ -293,7 +282,66 @@ def prepare_prune(
     return PreparedPrune(method in STOCHASTIC, seeds_in_memory, start)
 
 
-def _target(method: str | None, layout: MetadataLayout | None) -> Target | None:
+@dataclass(frozen=True)
+class Blocks:
+    """How a launch covers x: blocks, a grid, and who pads what lies beyond a layout's tiles.
+
+    Attributes:
+        tile: blocks and warps.
+        grid: see ``starting.grid_of``.
+        features: target along features, with its share of the tail, or None.
+        tokens: target along tokens, likewise.
+        tails: bytes beyond the tiles, along features and along tokens.
+    """
+
+    tile: Tile
+    grid: tuple[int, int, int]
+    features: Target | None
+    tokens: Target | None
+    tails: tuple[int, int]
+
+
+def blocks_of(
+    shape: tuple[int, int], dtype: torch.dtype, features: Target | None, tokens: Target | None
+) -> Blocks:
+    """Return how a launch covers x [M, K] so that all of its operands are written.
+
+    Args:
+        shape: [M, K].
+        dtype: of x.
+        features: target along features, or None.
+        tokens: target along tokens, or None.
+    """
+    covered = _covered(shape, dtype, features, tokens)
+    tile = choose_tile(*covered, features, tokens)
+    grid = grid_of(covered, tile.block_m, tile.block_k)
+    programs = grid[0] * grid[1] * grid[2]
+    tails = _tail(features, shape, dtype), _tail(tokens, (shape[1], shape[0]), dtype)
+    return Blocks(
+        tile,
+        grid,
+        _sharing_tail(features, tails[0], programs),
+        _sharing_tail(tokens, tails[1], programs),
+        tails,
+    )
+
+
+def operand_nbytes(
+    shape: tuple[int, int], dtype: torch.dtype, features: Target | None, tokens: Target | None
+) -> tuple[int, int]:
+    """Return the bytes of the operands of x [M, K] along features and along tokens, 0 if none."""
+    return (
+        0 if features is None else buffer_nbytes(shape, dtype, features.layout),
+        0 if tokens is None else buffer_nbytes((shape[1], shape[0]), dtype, tokens.layout),
+    )
+
+
+def target_of(method: str | None, layout: MetadataLayout | None) -> Target | None:
+    """Return a method with its layout, or None where there is no method.
+
+    Raises:
+        ValueError: a method without a layout.
+    """
     if method is None:
         return None
     if layout is None:

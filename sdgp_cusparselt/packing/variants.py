@@ -23,6 +23,9 @@ METHOD_CODES = {"none": 1, "magnitude": 1, "rescaled_magnitude": 2, "random": 3,
 # Blocks that one program of the sums reads before it writes: 8 bytes of sums per column.
 SUM_STEPS = 8
 NO_RATIO, RATIO_PER_BLOCK, RATIO_PER_ROW = 0, 1, 2
+PRODUCER_CODES = {
+    "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "relu_squared": 5, "cross_entropy": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,51 @@ class PackVariant:
             "BLOCK_M": block_m,
             "BLOCK_K": block_k,
         }
+
+
+@dataclass(frozen=True)
+class ProducerKind:
+    """What a gradient is made of.
+
+    Attributes:
+        name: an activation, or cross_entropy.
+        gated: whether a second factor makes a second gradient.
+        masked: whether dropout's mask is read.
+    """
+
+    name: str
+    gated: bool = False
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class ProducedVariant:
+    """All constants of ``produced.produced_kernel``.
+
+    Attributes:
+        kind: what the gradient is made of.
+        dense: whether it is written as it is.
+        pack: how it is packed and summed, of any method but rescaled_magnitude.
+        edges: whether what lies beyond a row has to be cleared, for cross_entropy.
+    """
+
+    kind: ProducerKind
+    dense: bool
+    pack: PackVariant
+    edges: bool = False
+
+    def constants(self, native: bool) -> dict[str, Any]:
+        """Return the kernel's constants by name; native as in ``halves``."""
+        own = {
+            "PRODUCER": PRODUCER_CODES[self.kind.name],
+            "GATED": self.kind.gated,
+            "MASKED": self.kind.masked,
+            "EDGES": self.edges,
+            "DENSE": self.dense,
+        }
+        packed = self.pack.constants(native)
+        del packed["RATIO"]
+        return own | packed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ not gain runs dense: of the masked weight that is the same product.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from sdgp_cusparselt.cards.efficiency import Efficiency, gemm_size
 from sdgp_cusparselt.cards.gpus import GPU
@@ -24,21 +23,14 @@ from sdgp_cusparselt.cards.times import (
     sparse_us,
     stream_us,
 )
+from sdgp_cusparselt.config import combinations
+from sdgp_cusparselt.config.combinations import Operand
 from sdgp_cusparselt.planner.gemms import Gemm, Trace
 from sdgp_cusparselt.planner.roofline import STEP_TO_FORWARD
 
-Operand = Literal["dense", "weight", "grad_output"]
 #: Name -> the 2:4 operand of output, grad_input and grad_weight.
 COMBINATIONS: dict[str, tuple[Operand, Operand, Operand]] = {
-    "mvue": ("dense", "dense", "grad_output"),
-    "sdgp": ("dense", "grad_output", "dense"),
-    "sdgp+mvue": ("dense", "grad_output", "grad_output"),
-    "weights": ("weight", "dense", "dense"),
-    "weights+mvue": ("weight", "dense", "grad_output"),
-    "weights+sdgp": ("weight", "grad_output", "dense"),
-    "weights+sdgp+mvue": ("weight", "grad_output", "grad_output"),
-    "double": ("weight", "weight", "dense"),
-    "double+mvue": ("weight", "weight", "grad_output"),
+    row.name: row.operands for row in combinations.COMBINATIONS if row.name != "dense"
 }
 ROLES = ("forward", "grad_input", "grad_weight")
 

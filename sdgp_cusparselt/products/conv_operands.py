@@ -32,7 +32,13 @@ class Conv2dGradInput:
     input_like: Tensor
     conv: ConvGeometry
     product: ClassVar[Product] = "grad_input"
+    structured: ClassVar = "grad_output"
     memory: ClassVar = ("grad_output", "weight")
+
+    @property
+    def activations(self) -> Tensor:
+        """What comes anew with every call: the gradient."""
+        return self.grad_output
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
@@ -112,7 +118,13 @@ class Conv2dGradWeight:
     weight: Tensor
     conv: ConvGeometry
     product: ClassVar[Product] = "grad_weight"
+    structured: ClassVar = "grad_output"
     memory: ClassVar = ("grad_output", "input")
+
+    @property
+    def activations(self) -> Tensor:
+        """What comes anew with every call: the gradient."""
+        return self.grad_output
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""

@@ -12,16 +12,18 @@ from sdgp_cusparselt.config.patterns import STOCHASTIC
 from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import CusparseLtError, EquivalenceError, PlanStateError
 from sdgp_cusparselt.products import announce, prepared
-from sdgp_cusparselt.products.checks import fault
+from sdgp_cusparselt.products.checks import fault, weight_fault
 from sdgp_cusparselt.products.operands import (
     LinearGradInput,
     LinearGradWeight,
+    OfWeight,
     Operands,
     conv_layer_keys,
     linear_layer_keys,
 )
 from sdgp_cusparselt.products.prepared import Key, PreparedCall
 from sdgp_cusparselt.products.sparse import SparseProduct
+from sdgp_cusparselt.products.weight_product import WeightProduct
 from sdgp_cusparselt.recording.records import LayerRecord
 from sdgp_cusparselt.recording.spans import sample_gradient, sampling, span
 from sdgp_cusparselt.tuning import recorder
@@ -166,9 +168,11 @@ def _watched(
         gemm, method, transpose, rival = call.asked
         recorder.note(gemm, method=method, transpose=transpose, rival=rival)
     product, samples, due = operands.product, record.samples, config.check_every
-    device, holds = operands.grad_output.device, True
+    device, holds = operands.activations.device, True
     if due and call.sparse is not None and record.calls[call.counted] % due == 0:
         holds = _holds(call.sparse, operands, config, record)
+    if isinstance(operands, OfWeight):  # no gradient is pruned, so none has an error
+        return run(operands, config, record, unwatched=True)
     if not holds or not samples.due(product, config.telemetry_every, device):
         return run(operands, config, record, unwatched=True)
     plain = call.way == "plain"
@@ -184,16 +188,24 @@ def _watched(
 
 
 def _holds(
-    sparse: SparseProduct, operands: Operands, config: SDGPConfig, record: LayerRecord
+    sparse: SparseProduct | WeightProduct,
+    operands: Operands,
+    config: SDGPConfig,
+    record: LayerRecord,
 ) -> bool:
     """Check a sparse product against the dense one; where it fails, bar the layer from it.
 
     Raises:
         EquivalenceError: it failed, and going another way is forbidden.
     """
-    if is_capturing(operands.grad_output.device):
+    if is_capturing(operands.activations.device):
         return True
-    found = fault(sparse, operands)
+    if isinstance(sparse, SparseProduct):
+        assert not isinstance(operands, OfWeight)  # whose line is another one
+        found = fault(sparse, operands)
+    else:
+        assert isinstance(operands, OfWeight)
+        found = weight_fault(sparse, operands)
     if found is None:
         return True
     reason = f"it failed a check against dense: {found}"

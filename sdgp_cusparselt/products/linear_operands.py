@@ -10,6 +10,7 @@ from sdgp_cusparselt.backends import dense, emulation
 from sdgp_cusparselt.backends.base import Problem, Product
 from sdgp_cusparselt.backends.plans import ALIGNMENT, dense_order
 from sdgp_cusparselt.config.choices import SDGPConfig
+from sdgp_cusparselt.packing.heavy import heavy_capacity
 from sdgp_cusparselt.tuning import MATMUL, Rival
 
 Key = tuple[object, ...]
@@ -27,7 +28,13 @@ class LinearGradInput:
     grad_output: Tensor
     weight: Tensor
     product: ClassVar[Product] = "grad_input"
+    structured: ClassVar = "grad_output"
     memory: ClassVar = ("grad_output", "weight")
+
+    @property
+    def activations(self) -> Tensor:
+        """What comes anew with every call: the gradient."""
+        return self.grad_output
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
@@ -47,10 +54,9 @@ class LinearGradInput:
     def problem(self, config: SDGPConfig) -> Problem:
         """Return its sizes with what the user chose."""
         g, (k, n) = self.grad_output, self.weight.shape
-        order = dense_order(self.weight)
-        return Problem(
-            "grad_input", g.numel() // max(k, 1), n, k, g.dtype, g.device, config, dense_order=order
-        )
+        tokens, order = g.numel() // max(k, 1), dense_order(self.weight)
+        rows = tokens + heavy_capacity(tokens, config.heavy_tokens)
+        return Problem("grad_input", rows, n, k, g.dtype, g.device, config, dense_order=order)
 
     def plain(self) -> Tensor:
         """Return grad_output @ weight."""
@@ -103,7 +109,13 @@ class LinearGradWeight:
     input: Tensor
     row_major: bool = True
     product: ClassVar[Product] = "grad_weight"
+    structured: ClassVar = "grad_output"
     memory: ClassVar = ("grad_output", "input")
+
+    @property
+    def activations(self) -> Tensor:
+        """What comes anew with every call: the gradient."""
+        return self.grad_output
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""

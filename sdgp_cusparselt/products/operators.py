@@ -19,7 +19,7 @@ from sdgp_cusparselt.packing.pack import matmul as _matmul
 from sdgp_cusparselt.packing.pack import pack as _pack
 from sdgp_cusparselt.packing.packed import Packed24, buffer_nbytes
 from sdgp_cusparselt.products import backward as products
-from sdgp_cusparselt.products import cross_entropy as head
+from sdgp_cusparselt.products import weights as weight_products
 from sdgp_cusparselt.pruning import methods as _pruning
 from sdgp_cusparselt.recording.records import record_of
 
@@ -27,9 +27,10 @@ from sdgp_cusparselt.recording.records import record_of
 _LIBRARY = torch.library.Library("sdgp", "DEF")  # type: ignore[no-untyped-call]
 # random and mvue draw from torch's generator, so the compiler must not merge or repeat calls.
 _DRAWS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+_PURE = (torch.Tag.pt2_compliant_tag,)
 
 
-def _operator(
+def as_operator(
     fake: Callable[..., Any], tags: Sequence[torch.Tag] = _DRAWS
 ) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that makes an operator of a function, and of ``fake`` its shapes."""
@@ -59,7 +60,7 @@ def _prune_fake(
     return torch.empty_like(x)
 
 
-@_operator(_prune_fake)
+@as_operator(_prune_fake)
 def prune(
     x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: Sequence[int] | None = None
 ) -> Tensor:
@@ -74,7 +75,7 @@ def _pack_fake(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
     return x.new_empty(size, dtype=torch.uint8)
 
 
-@_operator(_pack_fake)
+@as_operator(_pack_fake)
 def pack(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
     """Return the buffer of ``sdgp.pack(x)``: values and metadata, uint8.
 
@@ -92,7 +93,7 @@ def _matmul_fake(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tenso
     return dense.new_empty((rows, dense.shape[1]))
 
 
-@_operator(_matmul_fake, (torch.Tag.pt2_compliant_tag,))
+@as_operator(_matmul_fake, (torch.Tag.pt2_compliant_tag,))
 def matmul(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
     """Return packed @ dense: [rows, K] @ [K, N] -> [rows, N].
 
@@ -111,7 +112,7 @@ def _linear_grad_input_fake(grad_output: Tensor, weight: Tensor, config: str, to
     return grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
 
 
-@_operator(_linear_grad_input_fake)
+@as_operator(_linear_grad_input_fake)
 def linear_grad_input(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output) @ weight: [..., K] @ [K, N] -> [..., N], contiguous."""
     result = products.linear_grad_input(
@@ -126,7 +127,7 @@ def _linear_grad_weight_fake(
     return grad_output.new_empty((grad_output.shape[1], input.shape[1]))
 
 
-@_operator(_linear_grad_weight_fake)
+@as_operator(_linear_grad_weight_fake)
 def linear_grad_weight(
     grad_output: Tensor, input: Tensor, row_major: bool, config: str, token: int
 ) -> Tensor:
@@ -144,7 +145,7 @@ def _linear_grads_fake(
     return grad_input, grad_output.new_empty((weight.shape[0], input.shape[1]))
 
 
-@_operator(_linear_grads_fake)
+@as_operator(_linear_grads_fake)
 def linear_grads(
     grad_output: Tensor, weight: Tensor, input: Tensor, config: str, token: int
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ def _conv2d_grad_input_fake(
     return torch.empty_like(input_like)
 
 
-@_operator(_conv2d_grad_input_fake)
+@as_operator(_conv2d_grad_input_fake)
 def conv2d_grad_input(
     grad_output: Tensor,
     weight: Tensor,
@@ -199,7 +200,7 @@ def _conv2d_grad_weight_fake(
     return torch.empty_like(weight)
 
 
-@_operator(_conv2d_grad_weight_fake)
+@as_operator(_conv2d_grad_weight_fake)
 def conv2d_grad_weight(
     grad_output: Tensor,
     input: Tensor,
@@ -221,80 +222,153 @@ def conv2d_grad_weight(
     return result if result.stride() == like.stride() else like.copy_(result)
 
 
-def _head_losses_fake(input: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    found = input.new_empty(input.shape[0], dtype=head.sum_dtype(input.dtype))
-    return found, torch.empty_like(found)
-
-
-@_operator(_head_losses_fake, (torch.Tag.pt2_compliant_tag,))
-def head_losses(
+def _linear_output_fake(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    target: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of each token of a linear head and its lse; see ``losses``."""
-    objective = head.Objective(label_smoothing, z_loss, ignore_index)
-    return head.losses(head.Head(input, weight, bias, target, objective, chunk))
-
-
-def _head_gradients_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    scale: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int,
-    chunk: int,
-    of_input: bool,
-    of_weight: bool,
-    of_bias: bool,
-    weight_dtype: torch.dtype,
+    mask: Tensor | None,
+    keeps: bool,
     config: str,
     token: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(input) if of_input else input.new_empty(0),
-        torch.empty_like(weight, dtype=weight_dtype) if of_weight else input.new_empty(0),
-        input.new_empty(weight.shape[0], dtype=weight_dtype) if of_bias else input.new_empty(0),
-    )
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-@_operator(_head_gradients_fake)
-def head_gradients(
+@as_operator(_linear_output_fake, _PURE)
+def linear_output(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    scale: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int,
-    chunk: int,
-    of_input: bool,
-    of_weight: bool,
-    of_bias: bool,
-    weight_dtype: torch.dtype,
+    mask: Tensor | None,
+    keeps: bool,
     config: str,
     token: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of a linear head under cross-entropy; empty where not asked for."""
-    objective = head.Objective(label_smoothing, z_loss, ignore_index)
-    operands = head.Head(input, weight, bias, target, objective, chunk)
-    needs = of_input, of_weight, of_bias
-    found = head.gradients(
-        operands, lse, scale, needs, weight_dtype, SDGPConfig.from_text(config), record_of(token)
+) -> Tensor:
+    """Return input @ W.T + bias with the pruned weight: [..., I] -> [..., O], contiguous."""
+    choices = SDGPConfig.from_text(config), record_of(token)
+    result = weight_products.linear_output(input, weight, bias, mask, keeps, *choices)
+    return result.contiguous()
+
+
+def _linear_weight_grad_input_fake(
+    grad_output: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mask_t: Tensor | None,
+    keeps: bool,
+    config: str,
+    token: int,
+) -> Tensor:
+    return grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
+
+
+@as_operator(_linear_weight_grad_input_fake, _PURE)
+def linear_weight_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mask_t: Tensor | None,
+    keeps: bool,
+    config: str,
+    token: int,
+) -> Tensor:
+    """Return grad_output @ W, W pruned both ways: [..., O] -> [..., I], contiguous."""
+    choices = SDGPConfig.from_text(config), record_of(token)
+    result = weight_products.linear_weight_grad_input(
+        grad_output, weight, mask, mask_t, keeps, *choices
     )
-    of_i, of_w, of_b = (input.new_empty(0) if g is None else g for g in found)
-    return of_i, of_w, of_b
+    return result.contiguous()
+
+
+def _conv2d_output_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    geometry: Sequence[int],
+    keeps: bool,
+    config: str,
+    token: int,
+) -> Tensor:
+    conv = geometry_of(geometry)
+    sizes = [
+        (size + 2 * pad - reach * (edge - 1) - 1) // step + 1
+        for size, edge, step, pad, reach in zip(
+            input.shape[2:], weight.shape[2:], conv.stride, conv.padding, conv.dilation, strict=True
+        )
+    ]
+    made = input.new_empty((input.shape[0], weight.shape[0], *sizes))
+    return made.to(memory_format=torch.channels_last)
+
+
+@as_operator(_conv2d_output_fake, _PURE)
+def conv2d_output(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    geometry: Sequence[int],
+    keeps: bool,
+    config: str,
+    token: int,
+) -> Tensor:
+    """Return conv2d(input, W) + bias with the pruned weight, channels_last."""
+    choices = keeps, SDGPConfig.from_text(config), record_of(token)
+    result = weight_products.conv2d_output(
+        input, weight, bias, mask, geometry_of(geometry), *choices
+    )
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+def _conv2d_weight_grad_input_fake(
+    grad_output: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mask_t: Tensor | None,
+    input_like: Tensor,
+    geometry: Sequence[int],
+    keeps: bool,
+    config: str,
+    token: int,
+) -> Tensor:
+    return torch.empty_like(input_like)
+
+
+@as_operator(_conv2d_weight_grad_input_fake, _PURE)
+def conv2d_weight_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mask_t: Tensor | None,
+    input_like: Tensor,
+    geometry: Sequence[int],
+    keeps: bool,
+    config: str,
+    token: int,
+) -> Tensor:
+    """Return the transposed convolution of grad_output with W pruned both ways."""
+    choices = keeps, SDGPConfig.from_text(config), record_of(token)
+    result = weight_products.conv2d_weight_grad_input(
+        grad_output, weight, mask, mask_t, input_like, geometry_of(geometry), *choices
+    )
+    like = torch.empty_like(input_like)
+    return result if result.stride() == like.stride() else like.copy_(result)
+
+
+def _pruned_weight_fake(
+    weight: Tensor, mask: Tensor | None, like: Tensor, keeps: bool, config: str
+) -> Tensor:
+    return torch.empty_like(weight, dtype=like.dtype)
+
+
+@as_operator(_pruned_weight_fake, _PURE)
+def pruned_weight(
+    weight: Tensor, mask: Tensor | None, like: Tensor, keeps: bool, config: str
+) -> Tensor:
+    """Return the pruned weight with its zeros, of like's dtype; the caller's own copy."""
+    choices = SDGPConfig.from_text(config)
+    found = weight_products.pruned_weight(weight, mask, like, keeps, choices)
+    return torch.empty_like(weight, dtype=like.dtype).copy_(found)
 
 
 def flat_geometry(conv: ConvGeometry) -> list[int]:

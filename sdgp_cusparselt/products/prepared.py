@@ -17,9 +17,15 @@ from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.products.announce import announce, announce_machine
-from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight, Operands
+from sdgp_cusparselt.products.operands import (
+    LinearGradInput,
+    LinearGradWeight,
+    OfWeight,
+    Operands,
+)
 from sdgp_cusparselt.products.routes import REFUSALS, Route
 from sdgp_cusparselt.products.sparse import SparsePair, SparseProduct
+from sdgp_cusparselt.products.weight_product import WeightProduct
 from sdgp_cusparselt.recording.records import LayerRecord
 from sdgp_cusparselt.tuning.decision import Key as TuningKey
 
@@ -51,7 +57,7 @@ class PreparedCall:
     uses: float
     watched: bool
     asked: TuningKey | None
-    sparse: SparseProduct | None
+    sparse: SparseProduct | WeightProduct | None
 
     def count(self, record: LayerRecord) -> None:
         """Count one call of a layer."""
@@ -67,6 +73,8 @@ class _Calls(threading.local):
     def __init__(self) -> None:
         self.single: dict[Key, PreparedCall] = {}
         self.both: dict[Key, SparsePair] = {}
+        #: Lines behind a producer, see ``produced``.
+        self.produced: dict[Key, Any] = {}
 
 
 calls = _Calls()
@@ -91,10 +99,10 @@ def prepare(key: Key, operands: Operands, config: SDGPConfig, record: LayerRecor
         route = routes.refused(config, [_barred[key]])
     else:
         route = routes.route_of(operands, config)
-    sparse = None
+    sparse: SparseProduct | WeightProduct | None = None
     if route.way == "sparse":
         try:
-            sparse = SparseProduct(operands, config, routes.LIBRARY, route.candidate)
+            sparse = _line(operands, config, route)
         except REFUSALS as error:
             route = routes.refused_by(config, error)
     if route.reasons and config.on_unsupported == "raise":
@@ -113,12 +121,11 @@ def prepare_both(
 ) -> SparsePair | None:
     """Return one straight line for both products, if both run sparse and can share a read."""
     singles = (calls.single.get((one.key(), config.text)) for one in (first, second))
-    lines = [call.sparse for call in singles if call is not None and not call.watched]
+    found = [call.sparse for call in singles if call is not None and not call.watched]
+    lines = [line for line in found if isinstance(line, SparseProduct)]
     if len(lines) < 2 or key in _barred or is_capturing(first.grad_output.device):
         return None
     a, b = lines
-    if a is None or b is None:
-        return None
     try:
         pair = SparsePair.of(second, a, b)
     except REFUSALS:
@@ -139,6 +146,17 @@ def drop(key: Key) -> None:
     """Forget this thread's call of a kind, so that the next one prepares it anew."""
     calls.single.pop(key, None)
     calls.both.pop(key, None)
+    calls.produced.pop(key, None)
+
+
+def keep_produced(key: Key, line: object) -> None:
+    """Keep a line behind a producer for the next calls of its kind."""
+    _keep(calls.produced, key, line)
+
+
+def is_barred(key: Key) -> bool:
+    """Whether a call of a kind failed while it ran."""
+    return key in _barred
 
 
 def plain_call(layer_key: Key) -> PreparedCall | None:
@@ -158,8 +176,17 @@ def forget() -> None:
     _plain.clear()
 
 
+def _line(operands: Operands, config: SDGPConfig, route: Route) -> SparseProduct | WeightProduct:
+    if isinstance(operands, OfWeight):
+        return WeightProduct(operands, config, routes.LIBRARY, route.candidate)
+    return SparseProduct(operands, config, routes.LIBRARY, route.candidate)
+
+
 def _call(
-    operands: Operands, config: SDGPConfig, route: Route, sparse: SparseProduct | None
+    operands: Operands,
+    config: SDGPConfig,
+    route: Route,
+    sparse: SparseProduct | WeightProduct | None,
 ) -> PreparedCall:
     product = operands.product
     run: Callable[[Any], Tensor] = type(operands).plain

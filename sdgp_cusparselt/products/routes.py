@@ -16,7 +16,8 @@ from sdgp_cusparselt.backends.reasons import memory_reasons, pattern_reasons, si
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.devices import is_capturing
 from sdgp_cusparselt.errors import CusparseLtError, NotSupportedError
-from sdgp_cusparselt.products.operands import Operands
+from sdgp_cusparselt.products.heavy import heavy_rival
+from sdgp_cusparselt.products.operands import LinearGradInput, Operands
 from sdgp_cusparselt.tuning import decision_for
 from sdgp_cusparselt.tuning.decision import Key
 
@@ -112,6 +113,8 @@ REFUSALS = (CusparseLtError, torch.OutOfMemoryError, NotSupportedError, OSError)
 def _tuned(operands: Operands, problem: Problem) -> Route:
     """Return the way that tuning chose."""
     config, rival = problem.config, operands.rival()
+    if isinstance(operands, LinearGradInput) and config.heavy_tokens:
+        rival = heavy_rival(config.heavy_tokens)
     transpose = problem.product == "grad_weight"
     key = Key(LIBRARY.gemm_of(problem), problem.packed_method, transpose, rival.name)
     try:

@@ -14,16 +14,16 @@ from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.products.operands import (
     Conv2dGradInput,
     Conv2dGradWeight,
+    GradientOperands,
     LinearGradInput,
     LinearGradWeight,
-    Operands,
 )
 from sdgp_cusparselt.products.sparse import sparse_product
 
 #: Deterministic pruning, so that there is one right result.
 CONFIG = SDGPConfig(prune="magnitude", grad_weight="sparse", grad_weight_prune="magnitude")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-COMPUTE: dict[Way, Callable[[Operands], Tensor]] = {
+COMPUTE: dict[Way, Callable[[GradientOperands], Tensor]] = {
     "sparse": lambda operands: sparse_product(routes.LIBRARY, operands, CONFIG),
     "plain": lambda operands: operands.plain(),
     "emulated": lambda operands: operands.emulated(CONFIG),
@@ -120,7 +120,7 @@ def check(way: Way, case: Case, dtype: torch.dtype, device: torch.device, seed: 
     return Outcome(*line, "MISMATCH" if found else "ok", found.describe() if found else "")
 
 
-def _map(operands: Operands, change: Callable[[Tensor], Tensor]) -> Operands:
+def _map(operands: GradientOperands, change: Callable[[Tensor], Tensor]) -> GradientOperands:
     """Return the same product of tensors that ``change`` made."""
     changed: dict[str, Any] = {f.name: getattr(operands, f.name) for f in fields(operands)}
     for name, given in changed.items():
@@ -128,7 +128,7 @@ def _map(operands: Operands, change: Callable[[Tensor], Tensor]) -> Operands:
     return type(operands)(**changed)
 
 
-def _operands(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Operands:
+def _operands(case: Case, dtype: torch.dtype, generator: torch.Generator) -> GradientOperands:
     pad = case.kernel // 2
     shapes = _conv_shapes(case, pad) if case.kernel else _linear_shapes(case)
     made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]

@@ -14,7 +14,9 @@ from sdgp_cusparselt.backends.gemm import Candidate
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.devices import device_calls
 from sdgp_cusparselt.errors import NotSupportedError
-from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight, Operands
+from sdgp_cusparselt.products.heavy import HeavyPacker, heavy_packer_for
+from sdgp_cusparselt.products.operands import GradientOperands as Operands
+from sdgp_cusparselt.products.operands import LinearGradInput, LinearGradWeight
 from sdgp_cusparselt.products.packers import (
     KernelPacker,
     LibraryPacker,
@@ -39,6 +41,7 @@ class SparseProduct:
 
     Raises:
         CusparseLtError: the library refused the plan.
+        NotSupportedError: heavy tokens are wanted where our packer is not proven.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class SparseProduct:
         #: Rows of the gradient that are packed: grad_weight's tokens come in multiples of 16.
         self.rows = gemm.k if operands.product == "grad_weight" else None
         self.method = problem.method
+        self.heavy: HeavyPacker | None = None
         self.wanted = self._wanted(operands)
         self.pack = self._packer(operands)
         self.reads = self._reads(operands)
@@ -65,8 +69,9 @@ class SparseProduct:
         self.nbytes = self.workspace_at + self.planned.workspace_size
         self.device, self.dtype = gemm.device, gemm.dtype
         self.index, self.current_device, self.stream = device_calls(gemm.device)
-        # Where no row is padded, the product is written as the result.
-        result = operands.result_shape if self.planned.rows == gemm.m else None
+        # Where no row is padded and none is extra, the product is written as the result.
+        whole = self.planned.rows == gemm.m and self.heavy is None
+        result = operands.result_shape if whole else None
         self.shape = (self.planned.rows, gemm.n) if result is None else result
         self.exact = result is not None
 
@@ -96,6 +101,8 @@ class SparseProduct:
             self.matmul(*given)
         if self.tail:
             self._add_tail(out, operands)
+        if self.heavy is not None:
+            return operands.finish(self.heavy.add(out, packed, stream))
         return out if self.exact else operands.finish(out[: self.gemm.m])
 
     def _wanted(self, operands: Operands) -> Wanted | None:
@@ -110,6 +117,12 @@ class SparseProduct:
 
     def _packer(self, operands: Operands) -> Packer:
         left, _ = _matrices(operands, self.rows)
+        if isinstance(operands, LinearGradInput) and self.config.heavy_tokens:
+            layout = None if self.wanted is None else self.wanted.features_layout
+            self.wanted = None  # no packer of ours writes both directions with heavy tokens
+            share = self.config.heavy_tokens
+            self.heavy = heavy_packer_for(left, share, layout, self.planned)
+            return self.heavy
         found = None if self.wanted is None else packer_for(left, self.wanted)
         if found is not None:
             return found

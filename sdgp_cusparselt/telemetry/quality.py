@@ -140,7 +140,7 @@ def group_variants(model: nn.Module, config: SDGPConfig) -> dict[str, Converter]
         model: not converted.
         config: how to prune.
     """
-    report = convert_(copy.deepcopy(model), config)
+    report = convert_(copy.deepcopy(model), config, preset="all")
     groups: dict[str, set[str]] = {}
     for name in report.converted:
         groups.setdefault(group_of(name), set()).add(name)

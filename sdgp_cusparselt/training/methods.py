@@ -13,7 +13,7 @@ DENSE = "dense"
 NONE = "none"
 
 _PATTERN = re.compile(
-    r"((?P<preset>readers|balanced):)?(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
+    r"((?P<preset>readers|balanced):)?(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+heavy=(?P<heavy>[01]?(\.\d+)?))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
 )
 
 #: The rows of the SDGP paper's CIFAR-10 table, in its order.
@@ -66,6 +66,7 @@ class Method:
         m: group size.
         grad_weight: prune method of the second product; None leaves it dense.
         preset: which layers of a transformer; see ``convert_``.
+        heavy_tokens: of ``SDGPConfig``.
     """
 
     prune: str
@@ -73,6 +74,7 @@ class Method:
     m: int = 4
     grad_weight: str | None = None
     preset: Preset = "all"
+    heavy_tokens: float = 0.0
 
     @property
     def is_dense(self) -> bool:
@@ -86,6 +88,7 @@ class Method:
             return DENSE
         pattern = f"{self.n}:{self.m}"
         parts = [f"{self.prune} {pattern}"] if self.prune != NONE or not self.grad_weight else []
+        parts += [f"heaviest {self.heavy_tokens:.3g} exact"] if self.heavy_tokens else []
         parts += [f"grad_weight: {self.grad_weight} {pattern}"] if self.grad_weight else []
         which = "" if self.preset == "all" else f"{self.preset}: "
         return which + ", ".join(parts)
@@ -95,7 +98,8 @@ class Method:
         """Name on the command line, such as ``magnitude@2:4`` or ``none@2:4+grad_weight=mvue``."""
         if self.is_dense:
             return DENSE
-        suffix = f"+grad_weight={self.grad_weight}" if self.grad_weight else ""
+        suffix = f"+heavy={self.heavy_tokens:g}" if self.heavy_tokens else ""
+        suffix += f"+grad_weight={self.grad_weight}" if self.grad_weight else ""
         which = "" if self.preset == "all" else f"{self.preset}:"
         return f"{which}{self.prune}@{self.n}:{self.m}{suffix}"
 
@@ -127,6 +131,7 @@ class Method:
             prune=prune,
             n=self.n,
             m=self.m,
+            heavy_tokens=self.heavy_tokens,
             backend=backend,
             on_unsupported="raise" if backend == "cusparselt" else "emulate",
             on_slower="emulate",
@@ -140,7 +145,7 @@ class Method:
 def parse_method(text: str) -> Method:
     """Read ``dense``, ``magnitude`` (then 2:4), ``magnitude@n:m``, ``...+grad_weight=mvue``.
 
-    A preset may stand before it: ``readers:mvue``.
+    A preset may stand before it: ``readers:mvue``; and heavy tokens behind it: ``mvue+heavy=0.06``.
 
     Args:
         text: one entry of ``--methods``.
@@ -155,20 +160,23 @@ def parse_method(text: str) -> Method:
     if match is None or not _is_known(match):
         rule = (
             f"dense, or one of {', '.join(METHODS)}, optionally with readers: or balanced: before "
-            "it, and @n:m and +grad_weight=METHOD behind it"
+            "it, and @n:m, +heavy=SHARE and +grad_weight=METHOD behind it"
         )
         fix = "Write for example magnitude, rescaled_magnitude@4:8 or none+grad_weight=mvue."
         raise value_error("parse_method", "text", rule, repr(text), fix)
     n, m = (int(match["n"]), int(match["m"])) if match["n"] else (2, 4)
     preset = cast(Preset, match["preset"] or "all")
-    method = Method(match["prune"], n, m, match["grad_weight"], preset)
+    heavy = float(match["heavy"] or 0)
+    method = Method(match["prune"], n, m, match["grad_weight"], preset, heavy)
     method.config()
     return method
 
 
 def _is_known(match: re.Match[str]) -> bool:
     if match["prune"] == DENSE:
-        return not match["n"] and not match["grad_weight"] and not match["preset"]
+        return not match["n"] and not any(
+            match[part] for part in ("grad_weight", "preset", "heavy")
+        )
     return match["prune"] in METHODS and match["grad_weight"] in (None, *METHODS)
 
 

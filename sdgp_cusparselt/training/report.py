@@ -125,5 +125,30 @@ def markdown_table(document: dict[str, Any], metric: Metric) -> str:
     )
 
 
+#: What a table of R says below it.
+STEPS_TO_EQUAL_LOSS = (
+    "R is the steps of a method over those of dense training that ends at the same loss, each "
+    "length with its own schedule, per seed; > and < where no dense run frames a seed's loss."
+)
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown, titles first; all columns but the first are numbers."""
+    titles, *others = rows
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *others]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def aligned_rows(rows: Sequence[Sequence[str]]) -> Table:
+    """Return the same as a table of rich."""
+    titles, *others = rows
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="right" if index else "left")
+    for row in others:
+        table.add_row(*row)
+    return table
+
+
 def _num_seeds(summary: Sequence[dict[str, Any]]) -> int:
     return max(len(entry["seeds"]) for entry in summary)

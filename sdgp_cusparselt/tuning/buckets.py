@@ -29,12 +29,16 @@ def bucket_of(gemm: Gemm, transpose: bool) -> Gemm:
 
     Args:
         gemm: [M, N] = [M, K] @ [K, N].
-        transpose: the packed operand is a transpose, as for grad_weight: tokens are K, else M.
+        transpose: the packed operand is a transpose, as for grad_weight: tokens are K, else M. Of
+            a weight that is packed ahead they are N.
 
     Returns:
         ``gemm`` with the top of its bucket as its tokens; itself where a matrix of that size would
         have more elements than the library counts.
     """
-    top = replace(gemm, k=bucket(gemm.k)) if transpose else replace(gemm, m=bucket(gemm.m))
+    if gemm.packed_ahead:
+        top = replace(gemm, n=bucket(gemm.n))
+    else:
+        top = replace(gemm, k=bucket(gemm.k)) if transpose else replace(gemm, m=bucket(gemm.m))
     fits = max(top.m * top.k, top.k * top.n, top.m * top.n) <= MAX_ELEMENTS
     return top if fits else gemm

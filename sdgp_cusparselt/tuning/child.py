@@ -17,7 +17,7 @@ from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
 from sdgp_cusparselt.backends.gemm import Candidate, SparseExecutor
 from sdgp_cusparselt.backends.machine import Machine
 from sdgp_cusparselt.tuning.contest import first_line
-from sdgp_cusparselt.tuning.decision import Decision, rejected_from_list
+from sdgp_cusparselt.tuning.decision import RIVALS, Decision, rejected_from_list
 from sdgp_cusparselt.tuning.search import FULL, Search
 from sdgp_cusparselt.tuning.shapes import key_of
 
@@ -62,4 +62,5 @@ def _search(request: dict[str, Any], executor: SparseExecutor, connection: Conne
     key = key_of(request["product"], torch.device(request["device"]))
     excluded = rejected_from_list(request["excluded"])
     limits = replace(FULL, progress=progress, trying=trying)
-    return Search(key, executor, limits=limits, safe=False, excluded=excluded).decide()
+    rival = RIVALS[key.rival]
+    return Search(key, executor, rival, limits=limits, safe=False, excluded=excluded).decide()

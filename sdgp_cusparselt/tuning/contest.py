@@ -185,6 +185,8 @@ class Contest:
         packer = self.executor.packer(self.key.gemm, candidate)
         pack = "pack" if packer == "ours" else "the library's Compress"
         times = f"{pack} and {name} take {sparse_us:.1f} us, {self.rival.name} {dense_us:.1f} us"
+        if self.key.gemm.packed_ahead:
+            times = f"{name} takes {sparse_us:.1f} us, {self.rival.name} {dense_us:.1f} us"
         rule = f"at most {MARGIN} of dense" if wins else f"not at most {MARGIN} of dense"
         return Decision(
             *self.key,
@@ -239,7 +241,11 @@ class Contest:
     def _whole(
         self, candidate: Candidate, x: Tensor, dense: Tensor
     ) -> Callable[[], Callable[[], object]]:
+        if self.key.gemm.packed_ahead:
+            return self._product(candidate, x, dense)
+
         def run() -> object:
+            self.rival.before(x)
             packed = self._pack_now(candidate, x)
             product = self.executor.matmul(packed, dense, self.key.gemm, candidate)
             return self.rival.finish(product)

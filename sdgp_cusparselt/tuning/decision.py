@@ -25,15 +25,23 @@ class Rival:
             ``conv 3x3 stride 1 56x56``.
         dense: (left [M, K], right [K, N]) -> the dense result; the operands are unpruned.
         finish: sparse product [M, N] -> what ``dense`` returns, such as a col2im.
+        before: what the sparse path does with the left operand [M, K] before it packs.
     """
 
     name: str
     dense: Callable[[Tensor, Tensor], object]
     finish: Callable[[Tensor], object] = lambda product: product
+    before: Callable[[Tensor], object] = lambda left: None
 
 
 #: The plain product: the rival of linear layers and 1 x 1 convolutions.
 MATMUL = Rival("mm", torch.mm)
+#: torch's product of activations with a weight that is not transposed in memory, the rival of a
+#: weight that is packed ahead: (weight [M, K], activations [N, K].T) -> [N, M].
+LINEAR = Rival("linear", lambda left, right: torch.mm(right.t(), left.t()))
+
+#: The rivals that need no geometry, by name.
+RIVALS = {rival.name: rival for rival in (MATMUL, LINEAR)}
 
 
 class Key(NamedTuple):
@@ -68,7 +76,8 @@ class Decision:
         candidate: the fastest proven candidate, also where dense is faster (a caller that forces
             the sparse path runs it); None if no candidate is proven.
         reason: why ``use`` is what it is.
-        sparse_us: microseconds of pack, matmul and finish together; None where not timed.
+        sparse_us: microseconds of pack, matmul and finish together, without the pack of a weight
+            that is packed ahead; None where not timed.
         pack_us: of the pack alone.
         matmul_us: of the sparse product alone.
         dense_us: of the rival.
@@ -133,6 +142,7 @@ class Decision:
             "k": gemm.k,
             "dtype": str(gemm.dtype).removeprefix("torch."),
             "dense_order": gemm.dense_order,
+            **result_as_dict(gemm),
             "method": self.method,
             "transpose": self.transpose,
             "rival": self.rival,
@@ -203,7 +213,27 @@ def gemm_from_dict(data: Mapping[str, Any], device: torch.device) -> Gemm:
         KeyError, TypeError, ValueError: one is missing, or no size, dtype or order.
     """
     m, n, k = (_int(data[name]) for name in ("m", "n", "k"))
-    return Gemm(m, n, k, dtype_from_name(data["dtype"]), Orders[data["dense_order"]], device)
+    result = data.get("result_dtype")
+    return Gemm(
+        m,
+        n,
+        k,
+        dtype_from_name(data["dtype"]),
+        Orders[data["dense_order"]],
+        device,
+        Orders[data.get("result_order", "row")],
+        None if result is None else dtype_from_name(result),
+    )
+
+
+def result_as_dict(gemm: Gemm) -> dict[str, str]:
+    """Return what is unusual of a product's result as plain JSON types; mostly nothing."""
+    found: dict[str, str] = {}
+    if gemm.result_order != "row":
+        found["result_order"] = gemm.result_order
+    if gemm.result_dtype is not None:
+        found["result_dtype"] = str(gemm.result_dtype).removeprefix("torch.")
+    return found
 
 
 def dtype_from_name(name: str) -> torch.dtype:

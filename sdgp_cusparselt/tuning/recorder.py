@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdgp_cusparselt.backends.gemm import Gemm
-from sdgp_cusparselt.tuning.decision import MATMUL, Key
+from sdgp_cusparselt.tuning.decision import MATMUL, Key, result_as_dict
 
 
 class ShapeLog:
@@ -81,6 +81,7 @@ def entry_of(key: Key) -> dict[str, Any]:
         "k": gemm.k,
         "dtype": str(gemm.dtype).removeprefix("torch."),
         "dense_order": gemm.dense_order,
+        **result_as_dict(gemm),
         "method": key.method,
         "transpose": key.transpose,
         "rival": key.rival,

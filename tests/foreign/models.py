@@ -67,12 +67,12 @@ def check_model(tally: Tally, name: str, model: nn.Module, loss: Loss) -> None:
 
     def none() -> None:
         twin = copy.deepcopy(model)
-        sdgp.convert_(twin, NONE)
+        sdgp.convert_(twin, NONE, preset="all")
         identical(gradients(twin, loss), expected)
 
     def pruned() -> None:
         twin, reference = copy.deepcopy(model), copy.deepcopy(model)
-        report = sdgp.convert_(twin, MAGNITUDE)
+        report = sdgp.convert_(twin, MAGNITUDE, preset="all")
         prune_by_hooks(reference, list(report.converted))
         got = gradients(twin, loss)
         close(got, gradients(reference, loss))
@@ -81,7 +81,7 @@ def check_model(tally: Tally, name: str, model: nn.Module, loss: Loss) -> None:
 
     def trained() -> None:
         twin = copy.deepcopy(model).float().train()
-        sdgp.convert_(twin, sdgp.SDGPConfig(prune="mvue", backend="dense"))
+        sdgp.convert_(twin, sdgp.SDGPConfig(prune="mvue", backend="dense"), preset="all")
         optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3)
         for _ in range(2):
             found = gradients(twin, loss)
@@ -90,14 +90,14 @@ def check_model(tally: Tally, name: str, model: nn.Module, loss: Loss) -> None:
 
     def reverted() -> None:
         twin = copy.deepcopy(model)
-        sdgp.convert_(twin, MAGNITUDE)
+        sdgp.convert_(twin, MAGNITUDE, preset="all")
         sdgp.revert_(twin)
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
         identical(gradients(twin, loss), expected)
 
     def kinds() -> None:
         twin = copy.deepcopy(model)
-        sdgp.convert_(twin, MAGNITUDE)
+        sdgp.convert_(twin, MAGNITUDE, preset="all")
         for (path, ours), plain in zip(twin.named_modules(), model.modules(), strict=True):
             for kind in (nn.Linear, nn.Conv2d, Conv1D):
                 assert isinstance(ours, kind) == isinstance(plain, kind), path

@@ -60,7 +60,7 @@ def test_lora(name: str, tally: Tally) -> None:
         return found.double()
 
     def converted(model: nn.Module, config: sdgp.SDGPConfig) -> nn.Module:
-        sdgp.convert_(model, config)
+        sdgp.convert_(model, config, preset="all")
         return model
 
     def none_before() -> None:
@@ -73,7 +73,7 @@ def test_lora(name: str, tally: Tally) -> None:
 
     def pruned_after() -> None:
         model, reference = adapted(build()), adapted(build())
-        report = sdgp.convert_(model, MAGNITUDE)
+        report = sdgp.convert_(model, MAGNITUDE, preset="all")
         assert any(key.endswith("base_layer") for key in report.converted), report.converted
         prune_by_hooks(reference, list(report.converted))
         close(gradients(model, first_loss), gradients(reference, first_loss))
@@ -148,6 +148,6 @@ def test_a_library_trains_as_the_plain_loop(
     for config in (NONE, MAGNITUDE):
         with tally.case(f"{loop.__name__} {name} {config.prune}"):
             model = build()
-            sdgp.convert_(model, config)
+            sdgp.convert_(model, config, preset="all")
             twin = copy.deepcopy(model)
             identical(loop(model).state_dict(), plain_loop(twin).state_dict())

@@ -87,18 +87,18 @@ def judge(tally: Tally, mesh: DeviceMesh) -> None:
     names = [name for name, _ in Block().named_parameters()]
     for config in (NONE, MAGNITUDE):
         alone = Block()
-        sdgp.convert_(alone, config)
+        sdgp.convert_(alone, config, preset="all")
         expected = found(alone, names)
         for way, wrap in wraps(mesh).items():
 
             def before(wrap=wrap, config=config, expected=expected) -> None:
                 model = Block()
-                sdgp.convert_(model, config)
+                sdgp.convert_(model, config, preset="all")
                 close(found(wrap(model), names), expected)
 
             def after(wrap=wrap, config=config, expected=expected) -> None:
                 model = wrap(Block())
-                sdgp.convert_(model, config)
+                sdgp.convert_(model, config, preset="all")
                 close(found(model, names), expected)
 
             for order in (before, after):
@@ -111,7 +111,7 @@ def draws(tally: Tally, mesh: DeviceMesh) -> None:
 
     def agree() -> None:
         model = Block()
-        sdgp.convert_(model, MVUE)
+        sdgp.convert_(model, MVUE, preset="all")
         tensor_parallel(model, mesh)
         torch.manual_seed(10 + dist.get_rank())  # as data-parallel programs seed their ranks
         mine = found(model, [name for name, _ in Block().named_parameters()])["input"]

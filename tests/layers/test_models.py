@@ -111,7 +111,7 @@ def test_convert_train_and_revert(name: str) -> None:
     parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     kinds = {fqn: type(mod) for fqn, mod in model.named_modules()}
 
-    report = sdgp.convert_(model)
+    report = sdgp.convert_(model, preset="all")
     assert set(expected) <= set(report.converted)
     assert set(dense) <= set(report.skipped)
     assert len(report.converted) >= 4

@@ -1,5 +1,7 @@
 """Presets: which layers of real transformers read and which write the residual stream."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -98,3 +100,37 @@ def test_a_preset_is_refused_where_it_finds_nothing_and_leaves_the_model_alone()
     with pytest.raises(ValueError, match="config must be one SDGPConfig with a preset"):
         sdgp.convert_(model, {"*": CONFIG}, preset="readers")
     assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("name", [name for name in ROLES if name != "vit"])
+def test_a_transformer_is_converted_by_its_readers_unless_told_otherwise(name: str) -> None:
+    model = ROLES[name][0]()
+    chosen = sdgp.convert_(copy.deepcopy(model), CONFIG)
+    readers = sdgp.convert_(copy.deepcopy(model), CONFIG, preset="readers")
+    assert chosen.configs == readers.configs and chosen.skipped == readers.skipped
+    every = sdgp.convert_(copy.deepcopy(model), CONFIG, preset="all")
+    assert len(every.converted) > len(chosen.converted)
+
+
+def test_who_chooses_layers_gets_them_all() -> None:
+    model = nn.TransformerEncoderLayer(32, 2, 64)
+    every = ["linear1", "linear2"]
+    for arguments in (
+        {"filter_fn": lambda module, name: isinstance(module, nn.Linear) and "attn" not in name},
+        {"include_heads": True},
+        {"config": {"linear*": CONFIG}},
+        {"config": CONFIG.replace(prune="none", grad_weight="sparse")},
+    ):
+        report = sdgp.convert_(copy.deepcopy(model), **arguments)
+        assert report.converted == every, arguments
+    assert sdgp.convert_(model).converted == ["linear1"]
+
+
+def test_what_has_no_attention_is_converted_whole() -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(32, 64), "fc2": nn.Linear(64, 32)})
+    assert sdgp.convert_(model).converted == ["fc1", "fc2"]
+
+
+def test_an_adapted_layer_keeps_its_role() -> None:
+    assert role_of("model.layers.0.self_attn.q_proj.base_layer") == "reader"
+    assert role_of("model.layers.0.mlp.down_proj.base_layer") == "writer"

@@ -93,7 +93,7 @@ def test_the_operand_that_stands_for_another(
 ) -> None:
     x = torch.empty(1, dtype=torch.bfloat16).expand(rows, cols)
     layout = layouts.default_layout(rows, cols)
-    assert agreement._small(x, (layout, None), tokens_per_sample) == want
+    assert agreement.small_shape(x, (layout, None), tokens_per_sample) == want
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ from sdgp_cusparselt.training.models import ByteGPT, SmallResNet
 
 def test_resnet_by_hand() -> None:
     model = SmallResNet(1, (32, 64), depth=1, num_classes=10)
-    report = convert_(model, parse_method("magnitude").config("dense"))
+    report = convert_(model, parse_method("magnitude").config("dense"), preset="all")
     with count_grad_input_flops(model) as flops:
         model(torch.rand(2, 1, 8, 8)).sum().backward()
     # Two images; 64 output pixels in the first stage and 16 in the second.
@@ -31,7 +31,7 @@ def test_resnet_by_hand() -> None:
 def test_gpt_by_hand() -> None:
     width, layers, batch, length = 32, 2, 3, 8
     model = ByteGPT(length, width, layers, num_heads=2)
-    report = convert_(model, parse_method("magnitude").config("dense"))
+    report = convert_(model, parse_method("magnitude").config("dense"), preset="all")
     with count_grad_input_flops(model) as flops:
         model(torch.zeros(batch, length, dtype=torch.long)).sum().backward()
     # qkv, proj, up and down hold 3 + 1 + 4 + 4 times width^2 weights; the head stays dense.

@@ -3,91 +3,19 @@
 import json
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm
-from sdgp_cusparselt.errors import SDGPCacheWarning
-from sdgp_cusparselt.tuning import Decision, Rival, TuningCache, decision_for, memory, tune
+from sdgp_cusparselt.tuning import Decision, Rival, TuningCache, tune
 from sdgp_cusparselt.tuning.buckets import bucket
-from sdgp_cusparselt.tuning.contest import Limits
-from sdgp_cusparselt.tuning.decision import Key
-from sdgp_cusparselt.tuning.policy import AGAIN_S, ELSEWHERE_MARGIN, FEW
+from sdgp_cusparselt.tuning.policy import ELSEWHERE_MARGIN, FEW
 from sdgp_cusparselt.tuning.search import Search
-from sdgp_cusparselt.tuning.session import Session
+from tests.tuning.auto_cases import AUTO, LENGTHS, TOP_KEY, Clock, Slow, again, decide
 from tests.tuning.fakes import CPU, GEMM, TOP, FakeExecutor, FakeTimer, fixed
-
-TOP_KEY = Key(TOP, "magnitude", False, "mm")
-AUTO = sdgp.SDGPConfig(prune="magnitude")
-#: 64 token counts, as batches of sentences have them: at most 12 buckets, more than 50 plans.
-LENGTHS = [20 + 47 * (29 * i % 64) for i in range(64)]
-
-
-class Clock:
-    """Seconds that pass only where a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Slow(FakeExecutor):
-    """Every pack takes a while on the clock."""
-
-    def __init__(self, clock: Clock, seconds: float, *kinds: str) -> None:
-        super().__init__(*kinds)
-        self.clock, self.seconds = clock, seconds
-
-    def pack(self, x: Tensor, gemm: Gemm, candidate: Candidate, **kwargs: object) -> Tensor:
-        self.clock.now += self.seconds
-        return super().pack(x, gemm, candidate, **kwargs)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, clock: Clock) -> TuningCache:
-    return TuningCache(tmp_path, session=Session(clock=clock))
-
-
-def decide(
-    cache: TuningCache,
-    executor: FakeExecutor,
-    gemm: Gemm = GEMM,
-    *,
-    config: sdgp.SDGPConfig = AUTO,
-    transpose: bool = False,
-    capturing: bool = False,
-    timer: FakeTimer | None = None,
-    rival: Rival | None = None,
-) -> Decision:
-    return decision_for(
-        gemm,
-        executor,
-        config,
-        method="magnitude",
-        transpose=transpose,
-        capturing=capturing,
-        cache=cache,
-        timer=timer or fixed(a0=40.0, a1=30.0, a2=35.0),
-        **({} if rival is None else {"rival": rival}),
-    )
-
-
-def again(cache: TuningCache) -> TuningCache:
-    """Return the cache as another process sees it."""
-    return TuningCache(cache.folder, session=Session(clock=cache.session.clock))
 
 
 def counted(cache: TuningCache, executor: FakeExecutor, transpose: bool) -> list[Decision]:
@@ -241,93 +169,6 @@ def test_a_spent_budget_runs_plain_and_the_next_run_goes_on(
     assert decide(again(cache), FakeExecutor("good"), other).use == "sparse", "tuned next time"
 
 
-def test_under_capture_nothing_is_read_tried_or_remembered(cache: TuningCache) -> None:
-    executor = FakeExecutor("good")
-    decision = decide(cache, executor, capturing=True)
-    assert decision.use == "dense" and decision.transient and not executor.calls
-    assert decide(cache, executor).use == "sparse"
-    assert decide(cache, executor, capturing=True).use == "sparse", "it is proven by now"
-    fresh = FakeExecutor("good")
-    unproven = decide(again(cache), fresh, capturing=True)
-    assert unproven.use == "dense" and unproven.transient and not fresh.calls
-
-
-@pytest.mark.parametrize("stored", [False, True], ids=["search", "proof"])
-def test_without_free_memory_nothing_is_tried_until_there_is(
-    cache: TuningCache, clock: Clock, monkeypatch: pytest.MonkeyPatch, stored: bool
-) -> None:
-    if stored:
-        tune(TOP, FakeExecutor("good"), cache=cache, timer=fixed(a0=1.0))
-        cache = again(cache)
-    executor = FakeExecutor("good")
-    with monkeypatch.context() as patch:
-        patch.setattr(memory, "free_bytes", lambda device: 1000.0)
-        decision = decide(cache, executor)
-    assert decision.use == "dense" and decision.transient and "GiB are free" in decision.reason
-    assert not executor.calls
-    assert decide(cache, executor) is decision, "not asked at every step"
-    clock.now += AGAIN_S
-    assert decide(cache, executor).use == "sparse"
-
-
-def no_memory(*args: object, **kwargs: object) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
-
-
-def no_driver_memory(*args: object, **kwargs: object) -> None:
-    raise RuntimeError("Triton Error [CUDA]: out of memory")
-
-
-@pytest.mark.parametrize("error", [no_memory, no_driver_memory])
-@pytest.mark.parametrize(
-    "where",
-    [
-        "search.timer_for",
-        "search.trials",
-        "search.generators_kept",
-        "contest.dense_operand",
-        "contest.race",
-        "proof._poison",
-    ],
-)
-def test_no_memory_anywhere_is_plain_for_now(
-    cache: TuningCache,
-    clock: Clock,
-    monkeypatch: pytest.MonkeyPatch,
-    where: str,
-    error: Callable[..., None],
-) -> None:
-    def ask() -> Decision:
-        return decision_for(
-            GEMM,
-            FakeExecutor("good"),
-            AUTO,
-            method="magnitude",
-            transpose=False,
-            capturing=False,
-            cache=cache,
-        )
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"sdgp_cusparselt.tuning.{where}", error)
-        decision = ask()
-    assert decision.use == "dense" and decision.transient and "out of memory" in decision.reason
-    clock.now += AGAIN_S
-    assert ask().candidate == Candidate(0), "and is tried again"
-
-
-def test_no_memory_for_the_proof_of_a_plan(
-    cache: TuningCache, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tune(TOP, FakeExecutor("good"), cache=cache, timer=fixed(a0=1.0))
-    with monkeypatch.context() as patch:
-        patch.setattr("sdgp_cusparselt.tuning.search.trials", no_memory)
-        decision = decide(cache, FakeExecutor("good"))
-    assert decision.transient and "no memory to prove in" in decision.reason
-    clock.now += AGAIN_S
-    assert decide(cache, FakeExecutor("good")).use == "sparse"
-
-
 def test_the_librarys_compress_is_a_contender_of_its_own(cache: TuningCache) -> None:
     """Where our packing is not proven the library's is raced, and named; ours is not assumed."""
 
@@ -377,48 +218,6 @@ def test_what_cannot_win_is_plain_at_once_unless_it_is_forced_or_was_measured(
     assert decide(again(cache), executor, gemm, rival=rival).use == "sparse", "it was measured"
 
 
-def test_another_ranks_search_is_waited_for_briefly_and_read_later(
-    cache: TuningCache, clock: Clock
-) -> None:
-    cache.timeout_s = 0.05
-    executor = FakeExecutor("good")
-    other = TuningCache(cache.folder)
-    with other.turn(executor, CPU) as held:
-        assert held
-        meanwhile = decide(cache, executor)
-        assert meanwhile.use == "dense" and meanwhile.transient and not executor.calls
-        assert decide(cache, executor) is meanwhile
-    tune(TOP, executor, cache=other, timer=fixed(a0=1.0))
-    clock.now += AGAIN_S
-    calls = executor.calls["candidates"]
-    assert decide(cache, executor).use == "sparse"
-    assert executor.calls["candidates"] == calls, "read, not searched for"
-
-
-def test_a_waiting_rank_reads_what_is_stored_while_the_tuner_goes_on(cache: TuningCache) -> None:
-    """The tuner may hold the turn for its next shape; its answer counts all the same."""
-    executor, tuner = FakeExecutor("good"), TuningCache(cache.folder)
-    asked = []
-    with tuner.turn(executor, CPU):
-
-        def ready() -> bool:
-            asked.append(1)
-            return len(asked) == 2
-
-        with cache.turn(executor, CPU, ready=ready) as held:
-            assert not held
-        assert len(asked) == 3
-        found = decide_while_held(cache, tuner, executor)
-    assert found.use == "sparse"
-
-
-def decide_while_held(cache: TuningCache, tuner: TuningCache, executor: FakeExecutor) -> Decision:
-    limits = Limits(candidates=FEW)
-    decision = Search(TOP_KEY, executor, limits=limits).decide(fixed(a0=1.0))
-    tuner.write(decision, executor)
-    return tune(TOP, executor, cache=cache, limits=limits, timer=FakeTimer({}))
-
-
 def test_one_message_for_all_that_a_backward_pass_tuned(
     cache: TuningCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,46 +265,6 @@ def ticking(cache: TuningCache, timer: FakeTimer) -> FakeTimer:
         return timer.times(label, count)
 
     return FakeTimer(time)
-
-
-def test_a_disk_that_cannot_be_written_to_is_said_once(tmp_path: Path, clock: Clock) -> None:
-    (tmp_path / "file").write_text("in the way")
-    cache = TuningCache(tmp_path / "file" / "cache", session=Session(clock=clock))
-    executor = FakeExecutor("good")
-    with pytest.warns(SDGPCacheWarning, match="set SDGP_CACHE_DIR") as caught:
-        for m in (20, 32, 64):
-            assert decide(cache, executor, replace(GEMM, m=m)).use == "sparse"
-        assert decide(cache, executor, replace(GEMM, n=40)).use == "sparse"
-    assert len(caught) == 1
-    assert executor.calls["candidates"] == 2, "one search a bucket, in memory"
-
-
-def test_a_full_disk_is_said_once(cache: TuningCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sdgp_cusparselt.cache._replace", full)
-    executor = FakeExecutor("good")
-    with pytest.warns(SDGPCacheWarning, match="No space left on device") as caught:
-        for m in (20, 32, 64):
-            assert decide(cache, executor, replace(GEMM, m=m)).use == "sparse"
-    assert len(caught) == 1 and executor.calls["candidates"] == 1
-
-
-def test_a_corrupt_file_in_a_folder_without_locks(
-    cache: TuningCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    executor = FakeExecutor("good")
-    decide(cache, executor)
-    cache.file(executor, CPU).path.write_text("{")
-
-    def locked(*args: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("sdgp_cusparselt.cache.locked", locked)
-    monkeypatch.setattr("sdgp_cusparselt.tuning.store.locked", locked)
-    with pytest.warns(SDGPCacheWarning, match="Permission denied"):
-        assert decide(again(cache), executor).use == "sparse"
 
 
 def test_a_decision_is_stored_with_its_packer_and_how_it_was_found(cache: TuningCache) -> None:
