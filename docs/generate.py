@@ -128,12 +128,13 @@ def _before_and_after(speedups: tuple[float, float]) -> str:
 
 
 def _time_to_loss(name: str, problem: Problem) -> list[list[str]]:
-    """Return a row for each preset, alone and fused; a model without readers has one of all."""
+    """Return a row for each preset, alone and fused; none where R of a GPT says nothing."""
     rows = []
+    traces = {p: trace_step(problem.model, problem.inputs, preset=p) for p in MEASURED}
+    if not any(gemm.prunable for gemm in traces["readers"].gemms):
+        return []
     for preset, ratio in MEASURED.items():
-        trace = trace_step(problem.model, problem.inputs, preset=preset)
-        if not any(gemm.prunable for gemm in trace.gemms):
-            continue
+        trace = traces[preset]
         both = _fused(trace)
         for number, end in enumerate(("", " + fused")):
             cells = [f"{pair[number] / ratio.mean:.3f}" for pair in both]
