@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sdgp_cusparselt.backends.masking import INPUTS, largest
 from sdgp_cusparselt.errors import type_error, value_error
 from sdgp_cusparselt.layers.convert import is_head, unwrapped
+from sdgp_cusparselt.layers.fused_modules import FusedModule, check_unfusable, unfuse_module_
 from sdgp_cusparselt.layers.modules import SDGPModule, check_releasable, release_, sdgp_class_of
 from sdgp_cusparselt.layers.unsuitable import output_layers
 from sdgp_cusparselt.layers.weight_masks import as_outputs_inputs, effective_weight
@@ -120,9 +121,14 @@ def export_(
             weights[name] = weight
     if not weights:
         raise _nothing(report)
-    for _, layer in inner.named_modules():
+    fused = [module for module in inner.modules() if isinstance(module, FusedModule)]
+    for module in fused:
+        check_unfusable("export_", module)
+    for layer in inner.modules():
         if isinstance(layer, SDGPModule):
             check_releasable("export_", layer)
+    for module in fused:
+        unfuse_module_(module)
     with torch.no_grad():
         for name, layer in list(inner.named_modules()):
             if name in weights:
