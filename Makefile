@@ -9,7 +9,8 @@ export PYTHONPATH := .:bindings$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Threads that wait for each other sleep: spinning ones starve where something else needs the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install resolve constraints demo test test-abi test-portable test-slow test-foreign lint bench campaign gpu-check docs clean
+.PHONY: install resolve constraints demo test test-abi test-portable test-slow test-foreign lint bench
+.PHONY: campaign gpu-check docs look image-check fresh-check clean
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -34,14 +35,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run .ci/resolve .ci/constraints .ci/portable docker/install.sh docker/slurm.sbatch
+	$(BIN)/shellcheck .ci/run .ci/resolve .ci/constraints .ci/portable docker/install.sh docker/image-check \
+	  docker/slurm.sbatch docker/train.sbatch
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 # Real training on data inside packages, dense beside pruned; under three minutes on two cores, after
 # an installation of what it needs and no more.
 demo: $(DEMO)
 	$(BIN)/python -m sdgp_cusparselt train digits --seeds 3 --epochs 5 \
-	  --methods dense,magnitude,rescaled_magnitude,random --out runs/demo/digits --overwrite
+	  --methods dense,magnitude,mvue,random --out runs/demo/digits --overwrite
 	$(BIN)/python -m sdgp_cusparselt train code-lm --steps 200 \
 	  --methods dense,magnitude,mvue --out runs/demo/code-lm --overwrite
 
@@ -59,9 +61,23 @@ test-abi: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/badges.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/accuracy.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Pictures of every page in Chromium, light and dark, wide and narrow, into build/look.
+look: docs
+	$(BIN)/python docs/look.py
+
+# Both images without a container engine, and what runs in them: see docker/image-check for what it
+# needs (root, buildah, mmdebstrap: it installs nothing on this machine) and for its settings.
+image-check:
+	docker/image-check
+
+# README's commands in a fresh environment per extra; the verdicts go into docs/troubleshooting.md.
+fresh-check: $(STAMP)
+	$(BIN)/python docs/fresh_environments.py --write
 
 # Training to stated accuracy, fresh environments: minutes each.
 test-slow: $(STAMP)

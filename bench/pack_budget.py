@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,20 +25,23 @@ from typing import Any
 
 import torch
 
-from bench import sass
+from bench.pack_count import (
+    COLS,
+    LAYOUTS,
+    METHODS,
+    ROWS,
+    TARGETS,
+    WIDE,
+    WORD,
+    count,
+    operands,
+    written,
+)
 from bench.pack_model import CARDS, SECTOR, Pass, clones, partial_sectors
-from sdgp_cusparselt.packing import layout as layouts
+from bench.pack_produced import ProducedCase, produced_cases, produced_report
 from sdgp_cusparselt.packing import variants
-from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.variants import PackVariant, PruneVariant, SumsVariant, Target
 
-TARGETS = (80, 90, 100, 120)
-METHODS = ("magnitude", "random", "mvue", "rescaled_magnitude")
-LAYOUTS = {
-    layout.name: layout
-    for layout in (layouts.PLAIN, layouts.BLOCKED, layouts.SM90_ATOM, layouts.SM90_INTERLEAVED)
-}
-ROWS, COLS = 1 << 14, 1 << 12
 #: In clones: one direction, both, and pruning to a dense tensor; on each card.
 BUDGETS = {
     "one": {"A100-80": 0.80, "H100": 0.80, "H200": 0.95},
@@ -50,9 +52,6 @@ BUDGETS = {
     "both rescaled": {"A100-80": 2.30, "H100": 2.30},
     "dense rescaled": {"A100-80": 1.65, "H100": 1.65},
 }
-# Bytes a lane that accesses of x and of values may have, and those of metadata, sums and ratios.
-WIDE = (8, 16)
-WORD = 4
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def passes(case: Case) -> list[Pass]:
         prune = PruneVariant(dtype, case.features or case.tokens or "", bool(case.tokens), case.n)
         tile = prune.tile
         moved = 4.0 + 4 * _ratio_reads(case, tile)
-        return [*found, _count("prune_kernel", prune.constants(True), tile, case.target, moved)]
+        return [*found, count("prune_kernel", prune.constants(True), tile, case.target, moved)]
     layout = LAYOUTS[case.layout]
     features = None if case.features is None else Target(case.features, layout)
     tokens = None if case.tokens is None else Target(case.tokens, layout)
@@ -144,29 +143,11 @@ def passes(case: Case) -> list[Pass]:
     variant = PackVariant(
         dtype, features, tokens, tile, case.n, ratio, column_sums=case.column_sums
     )
-    moved = 2.0 + _written(layout, features, tokens, tile) + 4 * _ratio_reads(case, tile)
+    moved = 2.0 + written(layout, features, tokens, tile) + 4 * _ratio_reads(case, tile)
     if case.column_sums:
         moved += 2 * 4 / tile.block_m  # written, and read once to be added up
-    pack = _count("pack_kernel", variant.constants(True), tile, case.target, moved)
+    pack = count("pack_kernel", variant.constants(True), tile, case.target, moved)
     return [*found, pack]
-
-
-def _written(
-    layout: MetadataLayout, features: Target | None, tokens: Target | None, tile: variants.Tile
-) -> float:
-    """Return the bytes written per element of x, sectors that are filled in part twice."""
-    total = 0.0
-    for wanted, rows, cols in _operands(features, tokens, tile):
-        if wanted is not None:
-            total += 1 + (1 + partial_sectors(layout, rows, cols)) / 8
-    return total
-
-
-def _operands(
-    features: Target | None, tokens: Target | None, tile: variants.Tile
-) -> tuple[tuple[Target | None, int, int], ...]:
-    """Return each operand that is wanted, and the rows and columns of it in a block."""
-    return (features, tile.block_m, tile.block_k), (tokens, tile.block_k, tile.block_m)
 
 
 def half_filled(case: Case) -> float:
@@ -180,7 +161,7 @@ def half_filled(case: Case) -> float:
     )
     tile = variants.choose_tile(ROWS, COLS, features, tokens)
     shares = []
-    for wanted, rows, cols in _operands(features, tokens, tile):
+    for wanted, rows, cols in operands(features, tokens, tile):
         if wanted is not None:
             # A row of values of a block is as many bytes as it has columns.
             shares += [float(cols % SECTOR != 0), partial_sectors(layout, rows, cols)]
@@ -198,68 +179,9 @@ def _ratio_reads(case: Case, tile: variants.Tile) -> float:
 def _sums(variant: SumsVariant, target: int) -> Pass:
     # Two sums of 4 bytes, written and read again by the reduction that follows.
     moved = 2.0 + 2 * 2 * 4 / variant.span
-    return _count(
+    return count(
         variant.kernel, variant.constants(), variant.tile, target, moved, variants.SUM_STEPS
     )
-
-
-def _count(
-    name: str,
-    constants: dict[str, Any],
-    tile: variants.Tile,
-    target: int,
-    moved: float,
-    trips: int = 1,
-) -> Pass:
-    compiled = compile_kernel(name, constants, tile.num_warps, target)
-    code = sass.read(compiled, target, trips)
-    return Pass(code, tile.block_m * tile.block_k * trips, moved, ptx_opcodes(compiled))
-
-
-def ptx_opcodes(compiled: Any) -> frozenset[str]:
-    """Return the PTX instructions of a kernel, with their modifiers."""
-    found = re.findall(r"^\s*(?:@!?%\w+ )?([a-z][\w.:]*)\s", compiled.asm["ptx"], re.MULTILINE)
-    return frozenset(found)
-
-
-def compile_kernel(
-    name: str, constants: dict[str, Any], num_warps: int, target: int, aligned: bool = True
-) -> Any:
-    """Return what a launch would compile on a GPU of that architecture."""
-    from triton import compile as triton_compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from sdgp_cusparselt.packing import kernels, starting
-
-    kernel = getattr(kernels, name)
-    pointers = {
-        torch.int16: "*i16",
-        torch.int32: "*i32",
-        torch.int64: "*i64",
-        torch.float32: "*fp32",
-    }
-    types = kernels.POINTERS[name]
-    names = kernel.arg_names
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else pointers[types[i]]
-        if i < len(types)
-        else "i64"
-        if argument in kernels.DRAWS
-        else "i32"
-        for i, argument in enumerate(names)
-    }
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types)) if aligned}
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(key),): value for key, value in constants.items()},
-        attributes,
-    )
-    options = {"num_warps": num_warps, **starting.COMPILE_OPTIONS}
-    return triton_compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def report(case: Case) -> dict[str, Any]:
@@ -317,6 +239,11 @@ def over_budget(case: Case, answer: dict[str, Any]) -> list[str]:
     return over
 
 
+def report_of(case: Case | ProducedCase) -> dict[str, Any]:
+    """Return the report of a pack or of what makes a gradient and packs it."""
+    return report(case) if isinstance(case, Case) else produced_report(case)
+
+
 def table(reports: list[dict[str, Any]]) -> str:
     """Return the counts and the model's ratios, a line a case."""
     lines = [
@@ -328,6 +255,8 @@ def table(reports: list[dict[str, Any]]) -> str:
     for one in reports:
         pipe, cycles = max(one["cycles"].items(), key=lambda item: item[1])
         ratios = ", ".join(f"{card} {ratio:.2f}" for card, ratio in one["modelled_clones"].items())
+        for card, ratio in one.get("modelled_floors", {}).items():
+            ratios += f", {card} {ratio:.3f} of its bytes"
         lines.append(
             f"{one['name']:60} {one['instructions']:6.1f} {pipe + f' {cycles:.1f}':>12}"
             f" {one['bytes']:6.2f} {one['registers']:5} {one['warps']:5}"
@@ -342,13 +271,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pack_budget", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the common variants only")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=os.cpucount(), help="processes that compile")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
-    wanted = list(cases(options.quick))
+    wanted = [*cases(options.quick), *produced_cases(options.quick)]
     with ProcessPoolExecutor(options.jobs) as pool:
-        reports = list(pool.map(report, wanted))
+        reports = list(pool.map(report_of, wanted))
     print(json.dumps(reports) if options.json else table(reports))
     return int(any(one["over"] for one in reports))
 

@@ -11,7 +11,7 @@
 #
 # PYTHON       interpreter that makes the environment (python3)
 # EXTRAS       optional dependencies of pyproject.toml, such as train,bench (none)
-# TORCH        requirement for torch, such as torch==2.12.0 (torch)
+# TORCH        requirement for torch, such as torch==2.13.0 (torch)
 # TORCH_INDEX  wheel index for torch (pip's own)
 # CONSTRAINTS  pip constraints file (none)
 set -euo pipefail

@@ -3,9 +3,12 @@
 python docs/generate.py
 
 Predictions stand in when-is-it-faster.md and README.md between two markers, so that the pages read
-whole on GitHub too; the API pages (api.md, internals.md) are made for each build and not kept.
+whole on GitHub too. The pages of the API (api.md, internals.md), of docker/README.md (docker.md)
+and of the notebook (first-steps.md) are made for each build and not kept.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ def main() -> None:
         page.write_text(text, encoding="utf-8")
     (DOCS / "api.md").write_text(api_page(), encoding="utf-8")
     (DOCS / "internals.md").write_text(internals_page(), encoding="utf-8")
+    (DOCS / "docker.md").write_text(docker_page(), encoding="utf-8")
+    (DOCS / "first-steps.md").write_text(notebook_page(), encoding="utf-8")
     problem = load("vit-l-16")
     trace = trace_step(problem.model, problem.inputs)
     results = [forecast(trace, gpu, gpu.published) for gpu in GPUS.values()]
@@ -118,6 +123,26 @@ def api_page() -> str:
     for module in public_modules():
         lines += [f"## `{module}`", "", f"::: {module}", ""]
     return "\n".join(lines)
+
+
+def docker_page() -> str:
+    """Return docker/README.md with its links as they read from docs/."""
+    text = (ROOT / "docker" / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\(\.\./docs/", "](", text)
+
+
+def notebook_page() -> str:
+    """Return docs/first-steps.ipynb as Markdown: its cells and what they printed."""
+    notebook = json.loads((DOCS / "first-steps.ipynb").read_text(encoding="utf-8"))
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            parts.append(f"```text\n{''.join(text).rstrip()}\n```")
+    download = "The same as a notebook: [first-steps.ipynb](first-steps.ipynb)."
+    return "\n\n".join([*parts, download, ""])
 
 
 def public(name: str) -> Any:

@@ -21,7 +21,9 @@ import sdgp_cusparselt as sdgp
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docker" / "README.md"]
-PAGES = [page for page in PAGES if page.name not in ("api.md", "internals.md")]
+#: Made from docstrings, docker/README.md and a notebook, and tested there.
+MADE = ("api.md", "internals.md", "docker.md", "first-steps.md")
+PAGES = [page for page in PAGES if page.name not in MADE]
 HINT = "run: python docs/generate.py"
 RUNNABLE = ("python", "sh", "bash", "console")
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -203,7 +205,7 @@ def test_the_reference_has_exactly_the_public_names_first_and_every_module_behin
 def test_relative_links_point_to_files(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not re.match(r"https?://|#|api\.md|internals\.md", target):
+        if not re.match(r"https?://|#|api\.md|internals\.md|docker\.md|first-steps\.md", target):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
 
 

@@ -206,8 +206,8 @@ def prepare_heavy(
     choice = prepare_choice(shape, row_stride, dtype, device, share)
     tall = (shape[0] + choice.capacity, shape[1])
     blocks = blocks_of(tall, dtype, Target("mvue", layout), None)
-    tile, grid, target = blocks.tile, blocks.grid, blocks.features
-    assert target is not None  # as given
+    tile, grid, target, tail = blocks.tile, blocks.grid, blocks.features, blocks.tails[0]
+    assert target is not None  # it was given
     constants = {
         "IN_MEMORY": seeds_in_memory,
         "DTYPE": triton_dtype(dtype),
@@ -216,7 +216,7 @@ def prepare_heavy(
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
     }
-    sizes = (shape[0], choice.capacity, shape[1] // OCTET, row_stride // OCTET, blocks.tails[0])
+    sizes = (shape[0], choice.capacity, shape[1] // OCTET, row_stride // OCTET, tail)
     pack = prepare_kernel("pack_heavy_kernel", device, grid, sizes, constants, tile.num_warps)
     return PreparedHeavy(choice, buffer_nbytes(tall, dtype, layout), pack)
 

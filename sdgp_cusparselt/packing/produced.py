@@ -72,11 +72,14 @@ def _cross_entropy_row(
     inside = (weight != 0.0)[:, None] & (pair // 4 < num_octets)[None, :]
     start = row.to(tl.int64) * (row_octets * 4)
     x = tl.load(logits_ptr + start[:, None] + pair[None, :], mask=inside, other=MINUS_INF)
-    g = cross_entropy_words(
-        x, pair.to(tl.float32)[None, :], shift[:, None], weight[:, None], base[:, None],
+    every = base[:, None]
+    if EDGES:
+        # A product, because the pipe of selections is the busy one.
+        every = every * tl.where(pair // 4 < num_octets, 1.0, 0.0)[None, :]
+    return cross_entropy_words(
+        x, pair.to(tl.float32)[None, :], shift[:, None], weight[:, None], every,
         low_hit[:, None], high_hit[:, None], hit_pair[:, None], DTYPE, NATIVE,
     )  # fmt: skip
-    return tl.where((pair // 4 < num_octets)[None, :], g, 0) if EDGES else g
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.devices import is_capturing
+from sdgp_cusparselt.devices import current_stream, is_capturing, on_device
 from sdgp_cusparselt.packing.agreement import NOT_YET, small_shape
 from sdgp_cusparselt.packing.producing import SECOND_OFFSET
 from sdgp_cusparselt.packing.reference import Draws, pack_operand
@@ -86,7 +86,9 @@ def compare(producer: Producer, asked: Asked) -> str | None:
     shape, count = (pre.shape[0], pre.shape[1]), len(producer.gradients())
     whole = Asked(Wanted(2, shape[0]), dense=True, sums=False)
     dense = [torch.empty(shape, dtype=pre.dtype, device=pre.device) for _ in range(count)]
-    KernelMaker(producer, whole)(producer, [Output(one, 0, None) for one in dense], 0)
+    with on_device(pre.device):
+        stream = current_stream(pre.device)
+        KernelMaker(producer, whole)(producer, [Output(one, 0, None) for one in dense], stream)
     for ours, truth in zip(dense, producer.gradients(), strict=True):
         truth = truth.reshape(shape)
         bound = _SPACING[pre.dtype] * truth.double().abs() + _ABSOLUTE
@@ -109,7 +111,8 @@ def _compare_packed(producer: Producer, asked: Asked, dense: list[Tensor]) -> st
         )
         for one, buffer in zip(dense, buffers, strict=True)
     ]
-    maker.write(producer, outputs, 0, _SEEDS)
+    with on_device(maker.device):
+        maker.write(producer, outputs, current_stream(maker.device), _SEEDS)
     for number, (one, buffer, output) in enumerate(zip(dense, buffers, outputs, strict=True)):
         seeds = torch.tensor(_SEEDS, device=one.device)
         seeds[1] += number * SECOND_OFFSET

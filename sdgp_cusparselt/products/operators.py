@@ -30,7 +30,7 @@ _DRAWS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 _PURE = (torch.Tag.pt2_compliant_tag,)
 
 
-def _operator(
+def as_operator(
     fake: Callable[..., Any], tags: Sequence[torch.Tag] = _DRAWS
 ) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that makes an operator of a function, and of ``fake`` its shapes."""
@@ -60,7 +60,7 @@ def _prune_fake(
     return torch.empty_like(x)
 
 
-@_operator(_prune_fake)
+@as_operator(_prune_fake)
 def prune(
     x: Tensor, method: str, n: int, m: int, dim: int, scale_dims: Sequence[int] | None = None
 ) -> Tensor:
@@ -75,7 +75,7 @@ def _pack_fake(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
     return x.new_empty(size, dtype=torch.uint8)
 
 
-@_operator(_pack_fake)
+@as_operator(_pack_fake)
 def pack(x: Tensor, method: str, transpose: bool, layout: str) -> Tensor:
     """Return the buffer of ``sdgp.pack(x)``: values and metadata, uint8.
 
@@ -93,7 +93,7 @@ def _matmul_fake(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tenso
     return dense.new_empty((rows, dense.shape[1]))
 
 
-@_operator(_matmul_fake, (torch.Tag.pt2_compliant_tag,))
+@as_operator(_matmul_fake, (torch.Tag.pt2_compliant_tag,))
 def matmul(packed: Tensor, dense: Tensor, rows: int, layout: str) -> Tensor:
     """Return packed @ dense: [rows, K] @ [K, N] -> [rows, N].
 
@@ -112,7 +112,7 @@ def _linear_grad_input_fake(grad_output: Tensor, weight: Tensor, config: str, to
     return grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
 
 
-@_operator(_linear_grad_input_fake)
+@as_operator(_linear_grad_input_fake)
 def linear_grad_input(grad_output: Tensor, weight: Tensor, config: str, token: int) -> Tensor:
     """Return prune(grad_output) @ weight: [..., K] @ [K, N] -> [..., N], contiguous."""
     result = products.linear_grad_input(
@@ -127,7 +127,7 @@ def _linear_grad_weight_fake(
     return grad_output.new_empty((grad_output.shape[1], input.shape[1]))
 
 
-@_operator(_linear_grad_weight_fake)
+@as_operator(_linear_grad_weight_fake)
 def linear_grad_weight(
     grad_output: Tensor, input: Tensor, row_major: bool, config: str, token: int
 ) -> Tensor:
@@ -145,7 +145,7 @@ def _linear_grads_fake(
     return grad_input, grad_output.new_empty((weight.shape[0], input.shape[1]))
 
 
-@_operator(_linear_grads_fake)
+@as_operator(_linear_grads_fake)
 def linear_grads(
     grad_output: Tensor, weight: Tensor, input: Tensor, config: str, token: int
 ) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ def _conv2d_grad_input_fake(
     return torch.empty_like(input_like)
 
 
-@_operator(_conv2d_grad_input_fake)
+@as_operator(_conv2d_grad_input_fake)
 def conv2d_grad_input(
     grad_output: Tensor,
     weight: Tensor,
@@ -200,7 +200,7 @@ def _conv2d_grad_weight_fake(
     return torch.empty_like(weight)
 
 
-@_operator(_conv2d_grad_weight_fake)
+@as_operator(_conv2d_grad_weight_fake)
 def conv2d_grad_weight(
     grad_output: Tensor,
     input: Tensor,
@@ -234,7 +234,7 @@ def _linear_output_fake(
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-@_operator(_linear_output_fake, _PURE)
+@as_operator(_linear_output_fake, _PURE)
 def linear_output(
     input: Tensor,
     weight: Tensor,
@@ -262,7 +262,7 @@ def _linear_weight_grad_input_fake(
     return grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
 
 
-@_operator(_linear_weight_grad_input_fake, _PURE)
+@as_operator(_linear_weight_grad_input_fake, _PURE)
 def linear_weight_grad_input(
     grad_output: Tensor,
     weight: Tensor,
@@ -301,7 +301,7 @@ def _conv2d_output_fake(
     return made.to(memory_format=torch.channels_last)
 
 
-@_operator(_conv2d_output_fake, _PURE)
+@as_operator(_conv2d_output_fake, _PURE)
 def conv2d_output(
     input: Tensor,
     weight: Tensor,
@@ -334,7 +334,7 @@ def _conv2d_weight_grad_input_fake(
     return torch.empty_like(input_like)
 
 
-@_operator(_conv2d_weight_grad_input_fake, _PURE)
+@as_operator(_conv2d_weight_grad_input_fake, _PURE)
 def conv2d_weight_grad_input(
     grad_output: Tensor,
     weight: Tensor,
@@ -361,7 +361,7 @@ def _pruned_weight_fake(
     return torch.empty_like(weight, dtype=like.dtype)
 
 
-@_operator(_pruned_weight_fake, _PURE)
+@as_operator(_pruned_weight_fake, _PURE)
 def pruned_weight(
     weight: Tensor, mask: Tensor | None, like: Tensor, keeps: bool, config: str
 ) -> Tensor:

@@ -54,9 +54,7 @@ def asked_of(
 
 def usable(line: SparseProduct | None) -> SparseProduct | None:
     """Return a sparse product's line if its operand is one that a maker can write, else None."""
-    if type(line) is not SparseProduct or line.wanted is None or line.tail:
-        return None
-    return None if line.heavy is not None else line
+    return None if line is None or line.wanted is None or line.tail else line
 
 
 class ProducedLine:

@@ -1,5 +1,6 @@
 """telemetry: what every converted layer did, as a table and as a dictionary."""
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -61,12 +62,15 @@ class Telemetry:
                 *(_number(times.get(part), ".1f") for part in _PARTS),
                 *(_number(error.get(name), ".4f") for name in _ERRORS),
             )
-        console = Console(width=140, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(table)
-            for line in self._why():
-                console.print(line)
-        return capture.get().rstrip()
+        # A text, also where a terminal or a notebook would be drawn on.
+        text = io.StringIO()
+        console = Console(
+            file=text, width=140, highlight=False, force_terminal=False, force_jupyter=False
+        )
+        console.print(table)
+        for line in self._why():
+            console.print(line)
+        return text.getvalue().rstrip()
 
     def _why(self) -> Iterable[str]:
         for layer in self.layers:

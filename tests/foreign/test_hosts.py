@@ -1,4 +1,4 @@
-"""Adapters of PEFT, quantized layers of bitsandbytes, and torchtitan's own small Llama."""
+"""Adapters of PEFT, quantized layers of bitsandbytes and torchao, and torchtitan's small Llama."""
 
 from typing import Any
 
@@ -54,6 +54,26 @@ def test_bitsandbytes_layers_stay_plain() -> None:
     report = sdgp.convert_(model)
     assert report.converted == ["plain"]
     assert report.skipped == {"four": "Linear4bit holds its weight quantized"}
+
+
+@pytest.mark.parametrize("first", ["convert", "quantize"])
+def test_torchao_weights_stay_plain(first: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    if first == "convert":
+        sdgp.convert_(model)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    words = "which only its own class can multiply"
+    if first == "quantize":
+        with pytest.raises(ValueError, match=f"x 2: its weight is a Int8Tensor, {words}"):
+            sdgp.convert_(model)
+        return
+    x = torch.randn(8, 64, requires_grad=True)
+    with pytest.warns(sdgp.SDGPFallbackWarning, match=words):
+        model(x).sum().backward()
+    dense = model[1].weight.dequantize().sum(0) @ model[0].weight.dequantize()
+    # Sums of 64 products of float32, twice; the kernel scales in another order.
+    torch.testing.assert_close(x.grad, dense.expand(8, 64), rtol=2 * 64 * 2**-23, atol=64 * 2**-23)
 
 
 def test_the_converter_builds_pruned_layers_and_follows_the_optimizers() -> None:

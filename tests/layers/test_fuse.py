@@ -429,8 +429,8 @@ def test_compiled_code_is_fused() -> None:
     compiled = torch.compile(fused, fullgraph=True, backend=backend)
     compiled(torch.randn(4, 16, dtype=torch.float64, requires_grad=True))
     (text,) = texts
-    assert text.count("aten.gelu_backward") == 1, "in the backward of the one node"
-    assert "native_dropout" in text
+    assert "aten.gelu_backward" in text, "the activation's backward is in that of the node"
+    assert text.count("sdgp.linear_grad_input") and "native_dropout" in text
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -507,7 +507,7 @@ def test_traced_by_fx_the_children_stay_nodes() -> None:
 
 
 LLAMA = """\
-SDGP fused: 64 layers, 160 apart
+SDGP fused: 64 layers, 96 apart
 fused with silu gate
   model.layers.*.mlp.gate_proj x 32     Linear
   model.layers.*.mlp.up_proj x 32       Linear
@@ -515,9 +515,6 @@ apart: no activation follows it in its module
   model.layers.*.self_attn.q_proj x 32  Linear
   model.layers.*.self_attn.k_proj x 32  Linear
   model.layers.*.self_attn.v_proj x 32  Linear
-  model.layers.*.self_attn.o_proj x 32  Linear
-apart: nothing follows it in its module
-  model.layers.*.mlp.down_proj x 32     Linear
 every layer: print(report.details())"""
 
 
@@ -526,7 +523,7 @@ def test_llama_fits_a_screen() -> None:
     sdgp.convert_(model)
     report = sdgp.fuse_(model)
     assert str(report) == LLAMA
-    assert repr(report) == "<FusionReport SDGP fused: 64 layers, 160 apart>"
+    assert repr(report) == "<FusionReport SDGP fused: 64 layers, 96 apart>"
     html = report._repr_html_()
     assert "model.layers.*.mlp.up_proj x 32" in html and "64 fused layers" in html
-    assert len(report.details().splitlines()) == 1 + 3 + 224
+    assert len(report.details().splitlines()) == 1 + 2 + 160

@@ -21,6 +21,7 @@ SCRIPTS = [
     ("image_training", "--arch=resnet", "--workers=2"),
     ("image_training", "--arch=regnet", "--workers=0"),
     ("checkpointing", "--checkpointing=on"),
+    ("fused_mlp", "--fuse=on"),
     ("schedule", "--ramp=geometric"),
 ]
 #: By torchrun, in test_distributed.py.
@@ -82,6 +83,12 @@ def test_compiled_code_and_accumulation_train_as_the_plain_loop() -> None:
         accumulated = curve("plain_pytorch", accumulate=2)[1]
     assert compiled == pytest.approx(expected, rel=LOSS_TOLERANCE)
     assert accumulated == pytest.approx(expected, rel=LOSS_TOLERANCE)
+
+
+def test_fused_layers_train_as_the_separate_ones() -> None:
+    with in_float64():
+        expected = curve("plain_pytorch", "mvue")[1]
+        assert curve("fused_mlp", "mvue")[1] == pytest.approx(expected, rel=LOSS_TOLERANCE)
 
 
 def test_bf16_stays_close(plain: tuple[nn.Module, list[float]]) -> None:

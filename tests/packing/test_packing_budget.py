@@ -15,9 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="there is nothing to compile without Triton")
-from bench import pack_budget, sass
+from bench import pack_budget, pack_count, pack_produced, sass
 from bench.pack_model import CARDS, Pass, clones, partial_sectors
-from sdgp_cusparselt.packing import halves
+from sdgp_cusparselt.packing import halves, variants
 from sdgp_cusparselt.packing import layout as layouts
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 def test_no_common_variant_leaves_its_budget(reports: Reports) -> None:
     assert {one["name"]: one["over"] for one in reports if one["over"]} == {}
     compiled = {one["case"]["target"] for one in reports}
-    assert compiled == set(pack_budget.TARGETS)
+    assert compiled == set(pack_count.TARGETS)
+    made = [one for one in reports if one["kind"] == "produced"]
+    assert {one["case"]["producer"] for one in made} == set(variants.PRODUCER_CODES)
+    for one in made:
+        for card, ratio in one["modelled_floors"].items():
+            assert ratio <= pack_produced.LIMIT or card not in pack_produced.LIMITED
     # The model is about bytes: it can promise no less than what they take.
     for one in reports:
         for ratio in one["modelled_clones"].values():
@@ -66,21 +71,25 @@ def test_every_branch_of_ptx_is_in_the_kernels(reports: Reports) -> None:
                 for word in text.replace(";", " ").split():
                     if word.startswith(f"{opcode}."):
                         assert word in found[dtype], (dtype, word)
-    every = found["bfloat16"] | found["float16"]
+    every = set().union(*(one["ptx"] for one in reports if one["kind"] != "produced"))
     assert not [opcode for opcode in every if ".ftz" in opcode]
     # The reference rounds after every operation; a contracted product would not.
     assert "fma.rn.f32" not in every
+    # What makes gradients asks for each fused product by name; nothing is contracted behind it.
+    made = set().union(*(one["ptx"] for one in reports if one["kind"] == "produced"))
+    assert {"ex2.approx.ftz.f32", "rcp.approx.ftz.f32", "fma.rn.f32"} <= made
+    assert not [op for op in made if ".ftz" in op and not op.startswith(("ex2.", "rcp."))]
 
 
 def test_a_kernel_that_is_not_promised_alignment_is_caught(tmp_path: Path) -> None:
     script = """
 import torch
-from bench import pack_budget, sass
+from bench import pack_budget, pack_count, pack_produced, sass
 from sdgp_cusparselt.packing import layout, variants
 target = variants.Target("magnitude", layout.PLAIN)
 tile = variants.choose_tile(4096, 4096, target, None)
 constants = variants.PackVariant(torch.bfloat16, target, None, tile).constants(True)
-compiled = pack_budget.compile_kernel("pack_kernel", constants, tile.num_warps, 90, aligned=False)
+compiled = pack_count.compile_kernel("pack_kernel", constants, tile.num_warps, 90, aligned=False)
 print(sorted(sass.read(compiled, 90).accesses))
 """
     done = run(tmp_path, "-c", script)
@@ -101,6 +110,24 @@ def test_the_model_takes_the_slower_of_instructions_and_bytes() -> None:
     heavy = Pass(code(alu=2048), 8192, 3.125)
     seconds = 2 / (132 * 4 * 1.70e9)
     assert heavy.seconds_per_element(h100) == pytest.approx(seconds)
+
+
+def test_a_producer_bound_by_instructions_is_named() -> None:
+    h100 = next(card for card in CARDS if card.name == "H100")
+    # 6.25 bytes take 60.9 cycles of a scheduler for 32 elements; 4 warps on 8,192 elements.
+    light, heavy = (Pass(code(alu=n), 8192, 6.25) for n in (1900, 2100))
+    assert pack_produced.floor_ratio(light, h100) == 1
+    assert pack_produced.floor_ratio(heavy, h100) == pytest.approx(65.6 / 60.9, rel=1e-2)
+    case = pack_produced.ProducedCase("gelu", "mvue", "mvue", 90)
+    answer: dict[str, Any] = {
+        "modelled_floors": {"H100": 1.06, "H200": 1.5},
+        "stack": 8,
+        "loads": [2, 16],
+        "stores": [4, 16],
+    }
+    reasons = " ".join(pack_produced.over_budget(case, answer))
+    assert "H100: 1.060 of the time of its bytes" in reasons and "H200" not in reasons
+    assert "8 bytes of stack" in reasons and "accesses of [2] bytes" in reasons
 
 
 def test_what_is_over_budget_is_named() -> None:
@@ -148,4 +175,6 @@ def test_every_case_has_a_name_of_its_own() -> None:
     assert {case.name for case in pack_budget.cases(quick=True)} - set(names) == {
         "both mvue and magnitude sums fp16 plain sm_80"
     }
+    made = [case.name for case in pack_produced.produced_cases(quick=False)]
+    assert len(set(made)) == len(made) > 300
     assert torch.bfloat16 == getattr(torch, pack_budget.Case("mvue", None, "plain", 80).dtype)

@@ -1,6 +1,7 @@
 """Layers behind a producer: one line makes, packs and multiplies what the ordinary way does."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.errors import CusparseLtError
 from sdgp_cusparselt.packing import launch
 from sdgp_cusparselt.packing.layout import PLAIN
-from sdgp_cusparselt.products import maker_check, makers, prepared, produced
+from sdgp_cusparselt.products import maker_check, makers, prepared, produced, produced_run
 from sdgp_cusparselt.products.makers import Asked, KernelMaker
 from sdgp_cusparselt.products.packers import Wanted
 from sdgp_cusparselt.products.produced import FusedLinear, LayerGradients, Needs, produced_grads
+from sdgp_cusparselt.products.produced_layers import apart
 from sdgp_cusparselt.products.produced_line import ProducedLine
 from sdgp_cusparselt.pruning.producers import (
     ActivationBackward,
@@ -66,7 +68,7 @@ def layers_of(
 
 
 def lines() -> list[ProducedLine]:
-    return [one for one in prepared.calls.produced.values() if one is not produced.UNFUSED]
+    return [one for one in prepared.calls.produced.values() if one is not produced_run.UNFUSED]
 
 
 def assert_equal(found: tuple[LayerGradients, ...], want: tuple[LayerGradients, ...]) -> None:
@@ -113,7 +115,7 @@ def test_a_line_gives_what_the_layers_own_backward_gives(
     found = produced_grads(producer, layers)
     assert counted == [1]
     torch.manual_seed(7)
-    want = produced._apart(producer.gradients(), layers)
+    want = apart(producer.gradients(), layers)
     assert_equal(found, want)
     for layer, old in zip(layers, before, strict=True):
         calls = layer.record.calls  # type: ignore[union-attr]
@@ -138,13 +140,13 @@ def test_only_what_is_needed_is_made(
     for one in found:
         assert [g is not None for g in one] == list(needs)
     torch.manual_seed(7)
-    assert_equal(found, produced._apart(producer.gradients(), layers))
+    assert_equal(found, apart(producer.gradients(), layers))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_prune_then_multiply(name: str) -> None:
     """On a CPU, in float64: the twin, pruned by ``prune``, and one product."""
-    config = sdgp.SDGPConfig(prune="magnitude", grad_weight="sparse")
+    config = sdgp.SDGPConfig(prune="magnitude", grad_weight="sparse", grad_weight_prune="magnitude")
     producer = producer_of(name, torch.float64)
     layers = layers_of(producer, config)
     for _ in range(2):
@@ -185,23 +187,22 @@ def test_without_pruning_they_are_autograds(name: str) -> None:
         torch.testing.assert_close(one.weight, grad_weight)
 
 
-def test_a_line_that_fails_is_not_used_again(
-    world: World, counted: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_that_fails_is_not_used_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sdgp.SDGPConfig(prune="magnitude", tune="never")
     producer = producer_of("silu gated")
     layers = layers_of(producer, config)
     want = produced_grads(producer, layers)
-    (line,) = lines()
+    assert len(lines()) == 1
+    failed: list[int] = []
 
     def fail(*arguments: object) -> None:
-        raise CusparseLtError("cusparseLtMatmul", 7, "")
+        failed.append(1)
+        raise CusparseLtError(10, "CUSPARSE_STATUS_NOT_SUPPORTED", "cusparseLtMatmul")
 
-    monkeypatch.setattr(line, "maker", fail)
-    assert_equal(produced_grads(producer, layers), want)
-    for _ in range(2):
+    monkeypatch.setattr(makers.ReferenceMaker, "__call__", fail)
+    for _ in range(3):
         assert_equal(produced_grads(producer, layers), want)
-    assert not lines() and not counted
+    assert failed == [1] and not lines()
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_tokens_that_are_no_multiple_leave_grad_weight_apart(
     found = produced_grads(producer, layers)
     assert counted == [1] and lines()[0].asked.dense
     torch.manual_seed(7)
-    assert_equal(found, produced._apart(producer.gradients(), layers))
+    assert_equal(found, apart(producer.gradients(), layers))
 
 
 ASKED = {
@@ -284,3 +285,34 @@ def test_inputs_that_the_kernel_cannot_read_are_named() -> None:
     assert "another dtype" in str(why(pre=whole.half()))
     assert "whole vectors" in str(why(pre=torch.randn(16, 65).bfloat16()[:, 1:]))
     assert "mask" in str(why(mask=torch.ones(16, 64)))
+
+
+def test_compiled_code_takes_the_line_as_one_operator(
+    world: World, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the operator is used, on a GPU, and its shapes as the compiler sees them."""
+    monkeypatch.setattr(produced, "OPAQUE_ON", ["cpu"])
+    config = sdgp.SDGPConfig(prune="magnitude", tune="never")
+    for name, needs in (("silu gated", ALL), ("gelu masked", Needs(False, True, True))):
+        producer = producer_of(name)
+        layers = layers_of(producer, config, needs)
+        texts = tuple(
+            replace(layer, config=config.text, record=layer.record.token)  # type: ignore[union-attr]
+            for layer in layers
+        )
+        want = produced_grads(producer, layers)
+        counted.clear()
+        assert_equal(produced_grads(producer, texts), want)
+        assert counted == ([1] if needs.input else [])
+        assert isinstance(producer, ActivationBackward)
+        arguments = (
+            producer.activation, producer.upstream, producer.pre, producer.up, producer.mask,
+            producer.scale, [one.weight for one in layers if one.weight is not None],
+            [one.input for one in layers], [need for one in layers for need in one.needs],
+            [True] * len(layers), config.text, [one.record for one in texts],
+        )  # fmt: skip
+        torch.library.opcheck(
+            produced.activated_linear_grads,
+            arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )

@@ -146,6 +146,19 @@ def test_the_table_names_layers_numbers_and_fallbacks() -> None:
     assert f"{error:.4f}" in text
 
 
+def test_the_table_is_plain_text_in_a_notebook_and_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    model = nn.Sequential(nn.Linear(16, 16))
+    sdgp.convert_(model)
+    model(torch.randn(4, 16, requires_grad=True)).sum().backward()
+    text = str(sdgp.telemetry(model))
+    assert "emulated x1" in text and "\x1b" not in text
+    assert capsys.readouterr().out == ""
+
+
 def test_a_copied_layer_starts_without_samples() -> None:
     import copy
 
