@@ -8,8 +8,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parents[1]
-FILE = ROOT / "docs" / "img" / "badges.svg"
-HEIGHT, GAP, PADDING = 20, 8, 7
+FOLDER = ROOT / "docs" / "img" / "badges"
+HEIGHT, PADDING = 20, 7
 #: Pixels of a letter of 11 px Verdana, on average; textLength fits the letters to it everywhere.
 LETTER = 6.6
 LABEL, VALUE = "#555", "#12557a"
@@ -32,22 +32,40 @@ def badges() -> list[tuple[str, str]]:
     ]
 
 
-def drawing(pairs: list[tuple[str, str]]) -> str:
-    """Return one SVG with a badge for each pair."""
+def drawing(label: str, value: str) -> str:
+    """Return a badge as SVG."""
     parts, x = [], 0.0
-    for pair in pairs:
-        for text, fill in zip(pair, (LABEL, VALUE), strict=True):
-            width = len(text) * LETTER + 2 * PADDING
-            parts.append(f'<rect x="{x:.1f}" width="{width:.1f}" height="{HEIGHT}" fill="{fill}"/>')
-            length = f'textLength="{width - 2 * PADDING:.1f}" lengthAdjust="spacingAndGlyphs"'
-            parts.append(f'<text x="{x + PADDING:.1f}" y="14" {length}>{escape(text)}</text>')
-            x += width
-        x += GAP
-    said = escape("; ".join(f"{label}: {value}" for label, value in pairs))
-    size = f'width="{x - GAP:.0f}" height="{HEIGHT}"'
+    for text, fill in ((label, LABEL), (value, VALUE)):
+        width = len(text) * LETTER + 2 * PADDING
+        parts.append(f'<rect x="{x:.1f}" width="{width:.1f}" height="{HEIGHT}" fill="{fill}"/>')
+        length = f'textLength="{width - 2 * PADDING:.1f}" lengthAdjust="spacingAndGlyphs"'
+        parts.append(f'<text x="{x + PADDING:.1f}" y="14" {length}>{escape(text)}</text>')
+        x += width
+    size = f'width="{x:.0f}" height="{HEIGHT}"'
     style = 'fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11"'
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {style}>']
-    return "\n".join([*lines, f"<title>{said}</title>", *parts, "</svg>", ""])
+    return "\n".join(
+        [*lines, f"<title>{escape(label)}: {escape(value)}</title>", *parts, "</svg>", ""]
+    )
+
+
+def files() -> dict[Path, str]:
+    """Return what stands in which file."""
+    return {path_of(label): drawing(label, value) for label, value in badges()}
+
+
+def path_of(label: str) -> Path:
+    """Return the file of a badge."""
+    return FOLDER / f"{label.lower().replace(' ', '-')}.svg"
+
+
+def markdown() -> str:
+    """Return the line of README.md that shows them."""
+    pictures = []
+    for label, value in badges():
+        place = path_of(label).relative_to(ROOT).as_posix()
+        pictures.append(f"![{label}: {value}]({place})")
+    return "\n".join(pictures)
 
 
 def _found(pattern: str, text: str) -> str:
@@ -58,4 +76,6 @@ def _found(pattern: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(drawing(badges()), encoding="utf-8")
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")

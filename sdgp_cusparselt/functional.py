@@ -1,4 +1,4 @@
-"""sdgp.functional: linear, conv2d, mlp, gated_mlp and a head's loss with pruned gradients."""
+"""sdgp.functional: linear, conv2d, MLPs and a head's cross-entropy with pruned gradients."""
 
 from sdgp_cusparselt.layers.cross_entropy import linear_cross_entropy
 from sdgp_cusparselt.layers.functional import conv2d, linear

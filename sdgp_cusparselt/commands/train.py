@@ -58,15 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default=DEFAULT_METHODS,
         metavar="LIST",
-        help="dense, or a prune method with an optional n:m such as magnitude@1:4 and an optional "
-        "method for grad_weight such as none+grad_weight=mvue, separated by commas "
+        help="dense, or a prune method with an optional n:m such as magnitude@1:4, an optional "
+        "share of heavy tokens such as mvue+heavy=0.06, and an optional method for grad_weight "
+        "such as none+grad_weight=mvue, after an optional preset such as readers:mvue, separated "
+        "by commas "
         "(default: %(default)s)",
     )
     what.add_argument(
         "--sweep",
         choices=list(SWEEPS),
         help="table1: all rows of the paper's CIFAR-10 table; gradient-bias: biased and unbiased "
-        "methods for grad_input and for grad_weight",
+        "methods for grad_input and for grad_weight; presets: which layers of a transformer; "
+        "weights: recipes for 2:4 weights; unstructured: 50 to 95 %% of the weights anywhere",
     )
     parser.add_argument(
         "--seeds", type=integer(1, LARGEST_SWEEP), default=1, metavar="K", help="how many seeds"

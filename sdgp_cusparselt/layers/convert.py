@@ -91,12 +91,16 @@ def convert_(
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         own = patterns[matching[0]] if matching else None
         makes_outputs = not include_heads and (is_head(name) or module in heads)
-        reason = _reason_against(module, name, own, filter_fn, makes_outputs, module in narrow)
+        # What keeps a layer dense anyway is said first, then what the preset says.
+        asked = config if own is None and isinstance(config, SDGPConfig) else own
+        reason = _reason_against(module, name, asked, filter_fn, makes_outputs, module in narrow)
+        if reason is None and own is None:
+            reason = left_out.get(name, f"preset {preset!r} prunes linear layers alone")
         if reason != "":
             report.kinds[name] = type(module).__name__
             unused.difference_update(matching)
         if reason:
-            report.skipped[name] = left_out.get(name, reason)
+            report.skipped[name] = reason
         elif reason is None and own is not None:
             chosen.append((name, module, own))
     _check_matches(report, len(chosen), unused)
@@ -243,7 +247,7 @@ def _reason_against(
 ) -> str | None:
     """Return None to convert, "" for a module that is none of our kinds, else why not."""
     if sdgp_class_of(module) is None:
-        return _why_not_convertible(module)
+        return why_not_convertible(module)
     if config is None:
         return "left dense by its name"
     reason = reason_against_weight(_weight(module), None)
@@ -277,7 +281,7 @@ def _reason_against_pruning_weight(
     return None
 
 
-def _why_not_convertible(module: nn.Module) -> str:
+def why_not_convertible(module: nn.Module) -> str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"
     if not isinstance(module, nn.Linear | nn.Conv2d):

@@ -10,8 +10,8 @@ from sdgp_cusparselt.config.choices import SDGPConfig, check_config
 from sdgp_cusparselt.config.patterns import checked_int
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError, type_error, value_error
 from sdgp_cusparselt.layers import casting, shards
-from sdgp_cusparselt.layers.autograd import check_one, once
 from sdgp_cusparselt.layers.plain import reason_against
+from sdgp_cusparselt.layers.refusals import check_one_gradient, once
 from sdgp_cusparselt.products import cross_entropy as products
 from sdgp_cusparselt.products import head_operators as ops
 from sdgp_cusparselt.recording.records import COMPILED, LayerRecord, record_of
@@ -201,7 +201,7 @@ class _LinearCrossEntropy(Function):
         (grad_output,) = grads
         if not torch.compiler.is_compiling():
             casting.forget()
-            check_one(grad_output, _NO_BATCHED_GRADIENTS)
+            check_one_gradient(grad_output, _NO_BATCHED_GRADIENTS)
         with torch.no_grad():
             found = _gradients(ctx, grad_output)
         return once(ctx, grad_output, *found, None, None, None, None, why=_NO_DOUBLE_BACKWARD)

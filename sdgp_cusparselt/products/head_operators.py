@@ -1,4 +1,4 @@
-"""The operators of a head with its loss, as ``operators`` has those of layers."""
+"""The loss of a linear head as operators of the compiler: see ``operators``."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.products import cross_entropy as head
-from sdgp_cusparselt.products.operators import as_operator
+from sdgp_cusparselt.products.operators import PURE, as_operator
 from sdgp_cusparselt.recording.records import record_of
 
 
@@ -16,7 +16,7 @@ def _head_losses_fake(input: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return found, torch.empty_like(found)
 
 
-@as_operator(_head_losses_fake, (torch.Tag.pt2_compliant_tag,))
+@as_operator(_head_losses_fake, PURE)
 def head_losses(
     input: Tensor,
     weight: Tensor,

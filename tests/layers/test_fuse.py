@@ -1,5 +1,6 @@
 """fuse_: what it finds, what it leaves alone and why, and that nobody sees the difference."""
 
+import argparse
 import copy
 import io
 import pickle
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.diagnostics import GradientDiagnostics
+from sdgp_cusparselt.integrations import timm
+from sdgp_cusparselt.integrations.driver import Driver
 from sdgp_cusparselt.layers.fused_modules import FusedModule
 from sdgp_cusparselt.planner.models import load
 
@@ -295,6 +298,14 @@ def test_layers_that_prune_nothing_stay_apart() -> None:
     assert set(report.fused) == {"b.0", "c.0"}, "the first pattern counts, and a schedule may prune"
 
 
+def test_layers_whose_weight_is_pruned_stay_apart() -> None:
+    model = nn.Sequential(mlp(), mlp())
+    sdgp.convert_(model, {"0.0": MAGNITUDE.replace(forward="sparse_weight"), "*": MAGNITUDE})
+    report = sdgp.fuse_(model)
+    assert report.skipped["0.0"] == "it holds more than a weight and a bias"
+    assert list(report.fused) == ["1.0"]
+
+
 def test_a_gate_of_which_one_layer_is_plain_stays_apart() -> None:
     model = nn.Sequential(Gated(), mlp())
     sdgp.convert_(model, {"0.up": None, "*": MAGNITUDE})
@@ -494,6 +505,23 @@ def test_presets(preset: Any) -> None:
     report = sdgp.fuse_(whole)
     assert list(report.fused) == ["0.gate_proj", "0.up_proj"]
     assert ("0.down_proj" in report.skipped) == (preset == "balanced")
+
+
+def test_trainers_fuse_where_they_convert() -> None:
+    model, driver = mlp(), Driver(MAGNITUDE, fuse=True, preset="all")
+    driver.convert(model)
+    driver.convert(model)
+    assert driver.fusion is not None and list(driver.fusion.fused) == ["0"]
+    alone = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="one with a layer to fuse"):
+        Driver(MAGNITUDE, fuse=True).convert(alone)
+    assert type(alone[0]) is nn.Linear
+    parser = argparse.ArgumentParser()
+    timm.add_arguments(parser)
+    for flags, fused in ((["--sdgp", "mvue", "--sdgp-fuse"], True), (["--sdgp", "mvue"], False)):
+        model = mlp()
+        timm.convert_from(parser.parse_args(flags), model)
+        assert isinstance(model, FusedModule) is fused
 
 
 def test_traced_by_fx_the_children_stay_nodes() -> None:
