@@ -50,7 +50,7 @@ def trained(build: type) -> nn.Module:
     model = build()
     sdgp.convert_(model, sdgp.SDGPConfig(prune="none", forward="sparse_weight", backend="dense"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(20):
+    for step in range(8):
         ids = batch(step)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -70,7 +70,7 @@ def masked_dense(model: nn.Module) -> nn.Module:
 
 def generated(model: nn.Module) -> Tensor:
     prompt = BYTES[None, 100:116]
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
