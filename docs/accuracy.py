@@ -26,7 +26,13 @@ from sdgp_cusparselt.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(
-    ROOT / page for page in ("README.md", "docs/numerics.md", "docs/when-is-it-faster.md")
+    ROOT / page
+    for page in (
+        "README.md",
+        "docs/numerics.md",
+        "docs/when-is-it-faster.md",
+        "docs/sparse-weights.md",
+    )
 )
 BLOCK = re.compile(
     r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality|preset-gain): "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.functional import linear_cross_entropy
+from sdgp_cusparselt.planner.report import table as markdown
 from sdgp_cusparselt.training.methods import DENSE, parse_method
 from sdgp_cusparselt.training.run import RunSpec, Trainer
 from sdgp_cusparselt.training.sweep import environment
@@ -96,6 +97,21 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return the table of docs/head.md."""
+    header = ["head", "seeds", "bits per byte", "minus dense of the same seed"]
+    rows = []
+    for row in document["summary"]:
+        spread = row["difference_std"]
+        difference = f"{row['difference_mean']:+.4f}"
+        if spread is not None:
+            difference += f" ± {spread:.4f}"
+        label = parse_method(row["method"]).label
+        difference = "" if row["method"] == DENSE else difference
+        rows.append([label, len(row["seeds"]), f"{row['mean']:.4f}", difference])
+    return markdown(header, rows)
 
 
 def main() -> None:

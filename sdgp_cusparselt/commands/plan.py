@@ -216,8 +216,9 @@ def _print(
     """Print a sentence for each card, the tables below, and where the numbers come from."""
     for result in forecasts:
         output.prose(report.verdict(result))
-    for result in forecasts if ratio is not None else ():
-        output.prose(report.time_to_loss(result, ratio))
+    if ratio is not None:
+        for result in forecasts:
+            output.prose(report.time_to_loss(result, ratio))
     output.print()
     output.print(report.overview(forecasts, before))
     output.print()

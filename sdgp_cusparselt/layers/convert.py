@@ -91,12 +91,16 @@ def convert_(
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         own = patterns[matching[0]] if matching else None
         makes_outputs = not include_heads and (is_head(name) or module in heads)
-        reason = _reason_against(module, name, own, filter_fn, makes_outputs, module in narrow)
+        # What keeps a layer dense anyway is said first, then what the preset says.
+        asked = config if own is None and isinstance(config, SDGPConfig) else own
+        reason = _reason_against(module, name, asked, filter_fn, makes_outputs, module in narrow)
+        if reason is None and own is None:
+            reason = left_out.get(name, f"preset {preset!r} prunes linear layers alone")
         if reason != "":
             report.kinds[name] = type(module).__name__
             unused.difference_update(matching)
         if reason:
-            report.skipped[name] = left_out.get(name, reason)
+            report.skipped[name] = reason
         elif reason is None and own is not None:
             chosen.append((name, module, own))
     _check_matches(report, len(chosen), unused)

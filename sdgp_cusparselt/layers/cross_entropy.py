@@ -118,6 +118,9 @@ def _check_choices(
     if config.schedule is not None:
         fix = "Pass config.at(step); only layers that convert_ made follow a schedule."
         raise value_error(_NAME, "config", "one without a schedule", config.describe(), fix)
+    if config.forward != "dense":
+        fix = "A head's weight is not pruned here; export a model with 2:4 weights instead."
+        raise value_error(_NAME, "config.forward", '"dense"', repr(config.forward), fix)
     if config.grad_weight == "sparse" and config.grad_weight_prune == "rescaled_magnitude":
         fix = "Its sums run over the vocabulary, which no tile holds. Use mvue."
         rule = "any method but rescaled_magnitude"

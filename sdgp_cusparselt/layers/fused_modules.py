@@ -16,7 +16,7 @@ from sdgp_cusparselt.layers import activations, casting
 from sdgp_cusparselt.layers.autograd import pruned_linear
 from sdgp_cusparselt.layers.chains import Child, Function, Gated
 from sdgp_cusparselt.layers.fused import Part, activated_linear, can_fuse
-from sdgp_cusparselt.layers.modules import SDGPConv1D, SDGPLinear, SDGPModule
+from sdgp_cusparselt.layers.modules import SDGPConv1D, SDGPLinear
 from sdgp_cusparselt.layers.plain import linear_prunes
 from sdgp_cusparselt.layers.schedule_state import NAME as SCHEDULE
 
@@ -173,13 +173,9 @@ def _obstacle_of_layer(layer: nn.Module) -> str | None:
     if is_watched(layer):
         return "something hooks into it"
     # 2:4 weights, and whatever else changes a weight before it is multiplied.
-    if set(layer._modules) - {SCHEDULE} or layer._buffers or _masks_weight(layer):
+    if set(layer._modules) - {SCHEDULE} or layer._buffers or layer.sdgp_config.masks_weight:
         return "it holds more than a weight and a bias"
     return None
-
-
-def _masks_weight(layer: SDGPModule) -> bool:
-    return bool(getattr(layer.sdgp_config, "masks_weight", False))
 
 
 def _runs(module: nn.Module, fusion: Fusion, x: object) -> bool:

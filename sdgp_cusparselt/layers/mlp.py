@@ -144,6 +144,9 @@ def gated_mlp(
 
 def _hidden(input: Tensor, layers: tuple[Part, ...], activation: str, p: float) -> Tensor:
     """Return what the last layer reads, fused where a product of each layer is pruned."""
+    if any(x.config.masks_weight for x in layers):  # not what a producer's kernel is followed by
+        pre, *up = [linear(input, x[0], x[1], config=x[2], record=x[3]) for x in layers]
+        return F.dropout(producers.forward(activation, pre, up[0] if up else None), p)
     prunes = [linear_prunes(input, x.weight, x.config, x.record) for x in layers]
     if all(prunes) and can_fuse(input, *(x.weight for x in layers)):
         return activated_linear(input, layers, activation, p)

@@ -5,8 +5,8 @@ multiplied and added, so that the memory stays the slower of the two. Errors rel
 value, beside a rounding's 2**-8 of bfloat16 and 2**-11 of float16; those of the hardware's own exp2
 and reciprocal, 2**-22 and 2**-23, are in them:
 
-- gelu: 2**-15.7 of act' (2**-20 absolute where act' is below 0.05), 2**-14.1 of act.
-- gelu_tanh, silu: 2**-18.5 of both (2**-20.5 absolute where act' is below 0.25).
+- gelu: 2**-15.7 of act' (2**-20 absolute where act' is below 0.05), 2**-14 of act.
+- gelu_tanh, silu: 2**-18 of both (2**-20 absolute where act' is below 0.25).
 - relu, relu_squared: exact before the one rounding.
 - cross_entropy: 2**-22 max(|logit|, |lse|, 1) of the probability.
 """

@@ -11,7 +11,6 @@ not gain runs dense: of the masked weight that is the same product.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from sdgp_cusparselt.cards.efficiency import Efficiency, gemm_size
 from sdgp_cusparselt.cards.gpus import GPU
@@ -24,21 +23,14 @@ from sdgp_cusparselt.cards.times import (
     sparse_us,
     stream_us,
 )
+from sdgp_cusparselt.config import combinations
+from sdgp_cusparselt.config.combinations import Operand
 from sdgp_cusparselt.planner.gemms import Gemm, Trace
 from sdgp_cusparselt.planner.roofline import STEP_TO_FORWARD
 
-Operand = Literal["dense", "weight", "grad_output"]
 #: Name -> the 2:4 operand of output, grad_input and grad_weight.
 COMBINATIONS: dict[str, tuple[Operand, Operand, Operand]] = {
-    "mvue": ("dense", "dense", "grad_output"),
-    "sdgp": ("dense", "grad_output", "dense"),
-    "sdgp+mvue": ("dense", "grad_output", "grad_output"),
-    "weights": ("weight", "dense", "dense"),
-    "weights+mvue": ("weight", "dense", "grad_output"),
-    "weights+sdgp": ("weight", "grad_output", "dense"),
-    "weights+sdgp+mvue": ("weight", "grad_output", "grad_output"),
-    "double": ("weight", "weight", "dense"),
-    "double+mvue": ("weight", "weight", "grad_output"),
+    row.name: row.operands for row in combinations.COMBINATIONS if row.name != "dense"
 }
 ROLES = ("forward", "grad_input", "grad_weight")
 
@@ -102,29 +94,28 @@ def _saved(
             gains[role] = _dense(gemm, gpu, efficiency)
             gains[role] -= _sparse(gemm, operand, gpu, efficiency)
             which[role] = operand
-    sizes = {"weight": _elements(layer, "weight"), "grad_output": _elements(layer, "grad_output")}
+    gradient, weight, _ = layer["grad_input"].elements
     best = 0.0
     for count in range(1, len(gains) + 1):
         for chosen in itertools.combinations(gains, count):
+            packed = [which[role] for role in chosen]
             saved = sum(gains[role] for role in chosen)
-            for operand, elements in sizes.items():
-                packs = sum(which[role] == operand for role in chosen)
-                saved -= (0.0, pack_us(gpu, efficiency, elements))[packs > 0]
-                if packs > 1:
-                    saved += pack_us(gpu, efficiency, elements)
-                    saved -= both_packs_us(gpu, efficiency, elements)
+            saved -= _packs(weight, packed.count("weight"), gpu, efficiency)
+            saved -= _packs(gradient, packed.count("grad_output"), gpu, efficiency)
             best = max(best, saved)
     return best
 
 
-def _elements(layer: dict[str, Gemm], operand: str) -> int:
-    """Return the size of a layer's weight or grad_output."""
-    left, right, _ = layer["grad_input"].elements
-    return right if operand == "weight" else left
+def _packs(elements: int, count: int, gpu: GPU, efficiency: Efficiency) -> float:
+    """Predict packing an operand for so many products, two of them from one read."""
+    if count == 2:
+        return both_packs_us(gpu, efficiency, elements)
+    return pack_us(gpu, efficiency, elements) if count else 0.0
 
 
 def _size(gemm: Gemm) -> float:
-    return gemm_size(gemm.m, gemm.n, gemm.k) * float(gemm.batch) ** (1 / 3)
+    size: float = gemm_size(gemm.m, gemm.n, gemm.k) * float(gemm.batch) ** (1 / 3)
+    return size
 
 
 def _dense(gemm: Gemm, gpu: GPU, efficiency: Efficiency) -> float:

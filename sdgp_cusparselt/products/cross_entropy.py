@@ -26,13 +26,17 @@ from torch.nn import functional as F
 from sdgp_cusparselt.backends.dense import dense_linear_grad_input
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import message
-from sdgp_cusparselt.products import backward
+from sdgp_cusparselt.products.produced import (
+    FusedLinear,
+    LayerGradients,
+    Needs,
+    produced_grads,
+)
+from sdgp_cusparselt.pruning.producers import CrossEntropyBackward
 from sdgp_cusparselt.recording.records import LayerRecord
 
 #: Tiles begin at multiples of this, so that they cut no group and stay aligned.
 _EDGE = 64
-#: grad_input, grad_weight, grad_bias: which are asked for, or they themselves.
-Needs = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -125,7 +129,7 @@ def gradients(
     head: Head,
     lse: Tensor,
     scale: Tensor,
-    needs: Needs,
+    needs: tuple[bool, bool, bool],
     weight_dtype: torch.dtype,
     config: SDGPConfig,
     record: LayerRecord,
@@ -150,15 +154,14 @@ def gradients(
     grad_weight = torch.empty_like(w, dtype=weight_dtype) if needs[1] else None
     grad_bias = w.new_empty(w.shape[0], dtype=weight_dtype) if needs[2] else None
     for span in _spans(w.shape[0], head.chunk // max(1, x.shape[0])):
-        g = logits_gradient(head.logits(span), span.start, head, lse, scale)
-        part, whole = _products(g, w[span], x, needs, config, record)
-        if total is not None and part is not None:
-            total += part
-        if grad_weight is not None and whole is not None:
-            grad_weight[span] = whole
-        if grad_bias is not None:
-            grad_bias[span] = g.sum(0, dtype=head.wide)
-        del g, part, whole  # before the next slice is made
+        found = _of_slice(head, span, lse, scale, Needs(*needs), config, record)
+        if total is not None and found.input is not None:
+            total += found.input
+        if grad_weight is not None and found.weight is not None:
+            grad_weight[span] = found.weight
+        if grad_bias is not None and found.bias is not None:
+            grad_bias[span] = found.bias
+        del found  # before the next slice is made
     return None if total is None else total.to(x.dtype), grad_weight, grad_bias
 
 
@@ -201,25 +204,40 @@ class _RowSums:
         return torch.where(self.head.counted, found, 0.0)
 
 
-def logits_gradient(logits: Tensor, start: int, head: Head, lse: Tensor, scale: Tensor) -> Tensor:
-    """Return the gradient of a tile of the logits, rounded once to their dtype; see the module.
+def _of_slice(
+    head: Head,
+    span: slice,
+    lse: Tensor,
+    scale: Tensor,
+    needs: Needs,
+    config: SDGPConfig,
+    record: LayerRecord,
+) -> LayerGradients:
+    """Return what a slice of the vocabulary adds to grad_input, and its grad_weight and grad_bias.
 
-    Args:
-        logits: [N, columns], classes ``start`` and on.
-        start: first class of the tile.
-        head: whose tokens the rows are.
-        lse: [N] logsumexp of all logits of each.
-        scale: [N] gradient of each token's loss; where it is 0 so is the row, whatever its logits.
+    Where something is pruned the gradient of the logits is packed as it is made, if a kernel can.
     """
-    objective, counts = head.objective, scale != 0
-    lse = torch.where(counts, lse, 0.0)
-    g = logits.to(head.wide, copy=True).masked_fill_(~counts[:, None], -torch.inf)
-    g.sub_(lse[:, None]).exp_().mul_((scale * (1 + 2 * objective.z_loss * lse))[:, None])
-    if objective.label_smoothing:
-        g.sub_((scale * (objective.label_smoothing / head.weight.shape[0]))[:, None])
-    place, inside = _places(head.target, start, g.shape[1])
-    hit = torch.where(inside, scale * (objective.label_smoothing - 1), 0.0)
-    return g.scatter_add_(1, place[:, None], hit[:, None]).to(logits.dtype)
+    objective, x, w = head.objective, head.input, head.weight[span]
+    producer = CrossEntropyBackward(
+        head.logits(span),
+        lse,
+        head.target,
+        scale,
+        objective.label_smoothing,
+        objective.z_loss,
+        span.start,
+        head.weight.shape[0],
+    )
+    if config.prunes or config.grad_weight == "sparse":
+        held = w if needs.input else None, x if needs.weight else None
+        layer = FusedLinear(*held, needs, w.stride() == (w.shape[1], 1), config, record)
+        return produced_grads(producer, (layer,))[0]
+    (g,) = producer.gradients()
+    return LayerGradients(
+        dense_linear_grad_input(g, w) if needs.input else None,
+        g.t().mm(x) if needs.weight else None,
+        g.sum(0, dtype=head.wide) if needs.bias else None,
+    )
 
 
 def _places(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -227,35 +245,6 @@ def _places(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     place = target - start
     inside = (place >= 0) & (place < columns)
     return torch.where(inside, place, 0), inside
-
-
-def _products(
-    grad_output: Tensor,
-    weight: Tensor,
-    input: Tensor,
-    needs: Needs,
-    config: SDGPConfig,
-    record: LayerRecord,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the products of a tile of grad_output with its slice of weight and its tokens."""
-    sparse = config.grad_weight == "sparse"
-    if needs[0] and needs[1] and config.prunes and sparse:
-        return backward.linear_grads(grad_output, weight, input, config, record)
-    of_input: Tensor | None = None
-    of_weight: Tensor | None = None
-    if needs[0]:
-        of_input = (
-            backward.linear_grad_input(grad_output, weight, config, record)
-            if config.prunes
-            else dense_linear_grad_input(grad_output, weight)
-        )
-    if needs[1]:
-        of_weight = (
-            backward.linear_grad_weight(grad_output, input, True, config, record)
-            if sparse
-            else grad_output.t().mm(input)
-        )
-    return of_input, of_weight
 
 
 def _spans(length: int, step: int) -> Iterator[slice]:

@@ -250,16 +250,18 @@ def _known(function: str, activation: str) -> Callable[[Tensor], Tensor]:
 
 def _activation_backward(activation: str, g: Tensor, x: Tensor) -> Tensor:
     """Return g * act'(x), in their dtype."""
+    found: Tensor
     if activation == "gelu":
-        return _aten.gelu_backward(g, x, approximate="none")
-    if activation == "gelu_tanh":
-        return _aten.gelu_backward(g, x, approximate="tanh")
-    if activation == "silu":
-        return _aten.silu_backward(g, x)
-    if activation == "relu_squared":
-        g = g * (2 * F.relu(x))
-    # As autograd has it: the gradient passes where x is NaN.
-    return torch.where(x <= 0, 0.0, g)
+        found = _aten.gelu_backward(g, x, approximate="none")
+    elif activation == "gelu_tanh":
+        found = _aten.gelu_backward(g, x, approximate="tanh")
+    elif activation == "silu":
+        found = _aten.silu_backward(g, x)
+    else:
+        g = g * (2 * F.relu(x)) if activation == "relu_squared" else g
+        # As autograd has it: the gradient passes where x is NaN.
+        found = torch.where(x <= 0, 0.0, g)
+    return found
 
 
 def _wide(x: Tensor) -> Tensor:

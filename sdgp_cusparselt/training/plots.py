@@ -13,6 +13,8 @@ from sdgp_cusparselt.telemetry.colours import COLOURS
 from sdgp_cusparselt.training.tasks import Metric
 
 PIXELS_PER_INCH = 150
+#: Interquartile ranges from the median at which an arrow stands for a value.
+FAR = 8.0
 
 
 def check_matplotlib() -> None:
@@ -67,6 +69,8 @@ def plot_curves(document: dict[str, Any], metric: Metric, path: Path) -> None:
 def plot_rows(document: dict[str, Any], metric: Metric, path: Path) -> None:
     """Draw one line per method: each seed a dot, the mean a bar, dense's range as a band.
 
+    Values far from most others are arrows at the edge; their mean stands beside the chart.
+
     Args:
         document: content of ``--json``.
         metric: of the task.
@@ -78,11 +82,16 @@ def plot_rows(document: dict[str, Any], metric: Metric, path: Path) -> None:
     summary = document["summary"]
     figure = _figure(width=8.0, height=1.6 + 0.36 * len(summary))
     axes = figure.subplots()
-    colours = _colours(summary)
+    colours, limits = _colours(summary), _limits(summary)
+    if limits is not None:
+        axes.set_xlim(*limits)
     for position, entry in enumerate(summary):
         values = [value for value in entry["values"] if value is not None]
         colour = colours[entry["method"]]["color"]
         axes.plot(values, [position] * len(values), "o", color=colour, alpha=0.45, markersize=5)
+        for edge, marker, beyond in zip(limits or (), "<>", (np.less, np.greater), strict=False):
+            if any(beyond(value, edge) for value in values):
+                axes.plot([edge], [position], marker, color=colour, clip_on=False, markersize=8)
         if entry["mean"] is not None:
             axes.plot([entry["mean"]], [position], "|", color=colour, markersize=17, mew=2.5)
             text = f"  {metric.format(entry['mean'])}"
@@ -96,6 +105,19 @@ def plot_rows(document: dict[str, Any], metric: Metric, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(_title(document), fontsize=11)
     _save(figure, path)
+
+
+def _limits(summary: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """Return where to cut the axis off, so that one row far away does not hide all others."""
+    values = np.array([v for entry in summary for v in entry["values"] if v is not None])
+    if not values.size:
+        return None
+    low, high = np.quantile(values, (0.25, 0.75))
+    inside = values[np.abs(values - np.median(values)) <= FAR * (high - low)]
+    if not 0.8 * values.size <= inside.size < values.size:
+        return None
+    margin = 0.06 * (inside.max() - inside.min())
+    return float(inside.min() - margin), float(inside.max() + margin)
 
 
 def _figure(width: float, height: float) -> Any:

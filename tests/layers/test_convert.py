@@ -190,7 +190,7 @@ def test_tied_weights_stay_tied() -> None:
 
 def test_multihead_attention_keeps_its_projection() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    report = sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"))
+    report = sdgp.convert_(model, sdgp.SDGPConfig(prune="magnitude"), preset="all")
     assert report.converted == ["linear1", "linear2"]
     assert "forward is never called" in report.skipped["self_attn.out_proj"]
 

@@ -362,6 +362,11 @@ X, W, T = torch.zeros(4, 8), torch.zeros(10, 8), torch.zeros(4, dtype=torch.long
         ({"z_loss": float("nan")}, ValueError, "z_loss must be >= 0, got nan"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
+        (
+            {"config": sdgp.SDGPConfig(prune="none", forward="sparse_weight")},
+            ValueError,
+            'config.forward must be "dense"',
+        ),
         ({"config": "mvue"}, TypeError, "config must be an SDGPConfig"),
         (
             {"config": sdgp.SDGPConfig(schedule=sdgp.Schedule(warmup=1))},

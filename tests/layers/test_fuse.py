@@ -298,6 +298,14 @@ def test_layers_that_prune_nothing_stay_apart() -> None:
     assert set(report.fused) == {"b.0", "c.0"}, "the first pattern counts, and a schedule may prune"
 
 
+def test_layers_whose_weight_is_pruned_stay_apart() -> None:
+    model = nn.Sequential(mlp(), mlp())
+    sdgp.convert_(model, {"0.0": MAGNITUDE.replace(forward="sparse_weight"), "*": MAGNITUDE})
+    report = sdgp.fuse_(model)
+    assert report.skipped["0.0"] == "it holds more than a weight and a bias"
+    assert list(report.fused) == ["1.0"]
+
+
 def test_a_gate_of_which_one_layer_is_plain_stays_apart() -> None:
     model = nn.Sequential(Gated(), mlp())
     sdgp.convert_(model, {"0.up": None, "*": MAGNITUDE})

@@ -384,6 +384,15 @@ def test_nothing_pruned_is_torchs_own() -> None:
     assert torch.autograd.gradcheck(lambda *t: fused(*t, config=NONE), tensors)
 
 
+@GATED
+def test_weights_that_are_pruned_themselves_run_apart(gated: bool) -> None:
+    config = MAGNITUDE.replace(forward="sparse_weight")
+    tensors = operands((6, 16), 32, gated)
+    ours = gradients(lambda *t: fused(*t, config=config), *tensors)
+    assert_near(ours, gradients(lambda *t: separate(*t, config=config), *tensors), terms=32)
+    assert not torch.allclose(ours[0], separate(*tensors, config=NONE))
+
+
 @pytest.mark.parametrize(
     "change, error",
     [

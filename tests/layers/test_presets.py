@@ -134,3 +134,13 @@ def test_what_has_no_attention_is_converted_whole() -> None:
 def test_an_adapted_layer_keeps_its_role() -> None:
     assert role_of("model.layers.0.self_attn.q_proj.base_layer") == "reader"
     assert role_of("model.layers.0.mlp.down_proj.base_layer") == "writer"
+
+
+def test_what_keeps_a_layer_dense_anyway_is_said_first() -> None:
+    model, _ = llama()
+    model.conv, model.odd = nn.Conv2d(8, 8, 3), nn.Linear(32, 30)
+    report = sdgp.convert_(model, CONFIG)
+    assert "makes the model's outputs" in report.skipped["lm_head"]
+    assert "no multiple of m" in report.skipped["odd"]
+    assert report.skipped["conv"] == "preset 'readers' prunes linear layers alone"
+    assert "it writes the residual stream" in report.skipped["model.layers.0.mlp.down_proj"]

@@ -24,7 +24,7 @@ every layer: print(report.details())"""
 
 
 def test_llama_fits_a_screen() -> None:
-    report = sdgp.convert_(load("llama-3-8b").model)
+    report = sdgp.convert_(load("llama-3-8b").model, preset="all")
     assert str(report) == LLAMA
     assert repr(report) == "<ConversionReport SDGP mvue 2:4: 224 converted, 1 plain>"
     every = report.details().splitlines()

@@ -73,7 +73,7 @@ def test_a_ratio_of_steps_turns_a_faster_step_into_win_or_loss(
     worth = f"{gain / ratio:.3f}x to the same loss: {word} of {abs(gain / ratio - 1):.1%}."
     assert f"A100: with R = {ratio:g}, {worth}" in text
     assert main(["plan", *arguments, "--steps-ratio", "0"]) == 2
-    assert "--steps-ratio: must be a number above 0, got '0'" in capsys.readouterr().err
+    assert "--steps-ratio/--r: must be a number above 0, got '0'" in capsys.readouterr().err
 
 
 def block() -> nn.Module:
