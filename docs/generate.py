@@ -103,7 +103,7 @@ TOPICS = {
     "By hand": ("prune", "pack", "matmul", "Packed24", "MetadataLayout", "library_layout"),
 }
 #: Public modules that are read as a whole.
-PUBLIC_MODULES = ("nn", "functional", "diagnostics", "integrations")
+PUBLIC_MODULES = ("nn", "functional", "weights", "diagnostics", "integrations")
 
 
 def api_page() -> str:
@@ -154,7 +154,8 @@ def public_modules() -> list[str]:
     """Return dotted names of the modules that hold public layers, functions and integrations."""
     homes = {
         "nn": ["layers.modules"],
-        "functional": ["layers.functional"],
+        "functional": ["layers.functional", "layers.mlp", "layers.cross_entropy"],
+        "weights": ["weights.sparsify", "weights.recipes", "weights.masks", "weights.wanda"],
         "diagnostics": ["telemetry.diagnostics"],
     }
     folder = ROOT / "sdgp_cusparselt" / "integrations"

@@ -1,6 +1,6 @@
 """Structured Data Gradient Pruning (SDGP) on 2:4 sparse tensor cores.
 
-output      = input              @ weight.T  dense
+output      = input              @ weight.T  dense, or the weight 2 of 4 along in_features
 grad_input  = prune(grad_output) @ weight    2 of 4 along out_features, on sparse tensor cores
 grad_weight = grad_output.T      @ input     dense, or 2 of 4 along tokens
 """
@@ -22,7 +22,7 @@ except (ImportError, OSError) as _error:
     # checkers that this module has every attribute.
     globals()["__getattr__"] = _missing
 else:
-    from sdgp_cusparselt import functional, nn
+    from sdgp_cusparselt import functional, nn, weights
     from sdgp_cusparselt.arrays import same_kind
     from sdgp_cusparselt.config.choices import SDGPConfig
     from sdgp_cusparselt.config.schedule import Schedule
@@ -44,6 +44,8 @@ else:
     from sdgp_cusparselt.pruning import methods
     from sdgp_cusparselt.telemetry.counts import Telemetry, telemetry
     from sdgp_cusparselt.tuning.recorder import record_shapes
+    from sdgp_cusparselt.weights.export import ExportReport, export_
+    from sdgp_cusparselt.weights.files import load_exported_, save_exported
 
     #: ``pruning.prune`` for tensors, and for NumPy and CuPy arrays through DLPack.
     prune = same_kind(methods.prune)
@@ -52,6 +54,7 @@ __all__ = [
     "BackendStatus",
     "ConversionReport",
     "EquivalenceError",
+    "ExportReport",
     "FusionReport",
     "MetadataLayout",
     "NotSupportedError",
@@ -66,9 +69,11 @@ __all__ = [
     "__version__",
     "backend_status",
     "convert_",
+    "export_",
     "functional",
     "fuse_",
     "library_layout",
+    "load_exported_",
     "load_schedule_state",
     "matmul",
     "nn",
@@ -76,9 +81,11 @@ __all__ = [
     "prune",
     "record_shapes",
     "revert_",
+    "save_exported",
     "schedule_state",
     "set_enabled_",
     "step",
     "step_with",
     "telemetry",
+    "weights",
 ]

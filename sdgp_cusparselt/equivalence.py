@@ -86,10 +86,12 @@ def exact_bound(reference: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the computed result.
 
     Returns:
-        0 where the exact result is a number of ``dtype``, else one rounding to it.
+        0 where the exact result is a number of ``dtype``, else one rounding to it; 0 for integers.
     """
-    eps = torch.finfo(dtype).eps
     magnitude = reference.abs()
+    if not dtype.is_floating_point:
+        return torch.zeros_like(magnitude)
+    eps = torch.finfo(dtype).eps
     return torch.where(magnitude * eps <= 2, 0.0, magnitude * eps)
 
 

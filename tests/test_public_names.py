@@ -7,19 +7,24 @@ import pytest
 #: Module -> the names that users import from it.
 PUBLIC = {
     "sdgp_cusparselt": """
-        BackendStatus ConversionReport EquivalenceError FusionReport MetadataLayout
-        NotSupportedError Packed24
-        SDGPCacheWarning SDGPConfig SDGPError SDGPFallbackWarning SDGPScheduleWarning Schedule
-        Telemetry __version__ backend_status convert_ functional fuse_ library_layout
-        load_schedule_state matmul nn pack prune record_shapes revert_ schedule_state set_enabled_
-        step step_with telemetry
+        BackendStatus ConversionReport EquivalenceError ExportReport FusionReport MetadataLayout
+        NotSupportedError Packed24 SDGPCacheWarning SDGPConfig SDGPError SDGPFallbackWarning
+        SDGPScheduleWarning Schedule Telemetry __version__ backend_status convert_ export_
+        functional fuse_ library_layout load_exported_ load_schedule_state matmul nn pack prune
+        record_shapes revert_ save_exported schedule_state set_enabled_ step step_with telemetry
+        weights
     """,
     "sdgp_cusparselt.nn": "SDGPConv1D SDGPConv2d SDGPLinear SDGPModule",
-    "sdgp_cusparselt.functional": "conv2d gated_mlp linear mlp",
+    "sdgp_cusparselt.functional": "conv2d gated_mlp linear linear_cross_entropy mlp",
     "sdgp_cusparselt.config": "SDGPConfig Schedule check_config",
     "sdgp_cusparselt.pruning": "prune",
     "sdgp_cusparselt.packing": "MetadataLayout Packed24 matmul pack",
     "sdgp_cusparselt.diagnostics": "GradientDiagnostics GradientRow MEASURES",
+    "sdgp_cusparselt.weights": """
+        FST InputNorms MaskDecay Mishra OneShot SLoPe SRSTE StructureDecay Unstructured
+        WeightRecipe finish_ magnitude_scores mask_gradients_ nm_mask set_masks_ sparsify_
+        transposable_mask unstructured_mask
+    """,
     "sdgp_cusparselt.errors": """
         CusparseLtError EquivalenceError LibraryNotFoundError NotSupportedError PlanStateError
         SDGPCacheWarning SDGPError SDGPFallbackWarning

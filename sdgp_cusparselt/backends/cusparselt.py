@@ -11,7 +11,12 @@ from sdgp_cusparselt.backends.certificates import Certificates
 from sdgp_cusparselt.backends.float16 import float16_fault
 from sdgp_cusparselt.backends.gemm import Candidate, Gemm, Packer
 from sdgp_cusparselt.backends.machine import Machine
-from sdgp_cusparselt.backends.plans import STRUCTURED_MULTIPLE, PlanCache, padded_columns
+from sdgp_cusparselt.backends.plans import (
+    RESULT_TYPES,
+    STRUCTURED_MULTIPLE,
+    PlanCache,
+    padded_columns,
+)
 from sdgp_cusparselt.backends.reasons import memory_reasons, pattern_reasons, size_reasons
 from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.errors import NotSupportedError, SDGPError
@@ -59,7 +64,8 @@ class CusparseLtBackend:
         m, n, k = problem.m, problem.n, problem.k
         if problem.structured == "weight":
             columns, order = padded_columns(n, problem.dtype), problem.dense_order or "col"
-            return Gemm(m, columns, k, problem.dtype, order, problem.device, "col")
+            result = RESULT_TYPES.get(problem.dtype)
+            return Gemm(m, columns, k, problem.dtype, order, problem.device, "col", result)
         if problem.product == "grad_weight":
             k -= k % STRUCTURED_MULTIPLE
         return Gemm(m, n, k, problem.dtype, problem.dense_order or "row", problem.device)
@@ -185,6 +191,8 @@ def pruned_operand(
         m: size of a group.
     """
     operand = x.t().contiguous() if transpose else x
+    if method == "none":  # of any dtype
+        return operand
     if method != "rescaled_magnitude" or rows_per_sample is None:
         return prune(operand, method=method, n=n, m=m)
     samples = operand.view(-1, rows_per_sample, operand.shape[1])

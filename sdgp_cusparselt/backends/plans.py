@@ -25,6 +25,8 @@ NARROW_TYPES = {
     torch.int32: cslt.DataType.R_32I,
     torch.float32: cslt.DataType.R_32F,
 }
+#: 8-bit operand -> the type of its products here: exact for int8, as accumulated for fp8.
+RESULT_TYPES = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}
 _TYPES = DATA_TYPES | NARROW_TYPES
 
 #: Rows and columns of the structured operand are multiples of this, those of the dense one of

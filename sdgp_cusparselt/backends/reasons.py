@@ -6,6 +6,7 @@ from sdgp_cusparselt.backends.base import ConvGeometry, Problem
 from sdgp_cusparselt.backends.plans import (
     DATA_TYPES,
     DENSE_MULTIPLE,
+    RESULT_TYPES,
     STRUCTURED_MULTIPLE,
 )
 from sdgp_cusparselt.config.patterns import HARDWARE_PATTERNS
@@ -33,14 +34,17 @@ def pattern_reasons(problem: Problem) -> list[str]:
 def size_reasons(problem: Problem) -> list[str]:
     """Return what is wrong with dtype, sizes and the geometry of a convolution."""
     m, n, k, reasons = problem.m, problem.n, problem.k, []
+    multiple = STRUCTURED_MULTIPLE
     if problem.dtype == torch.float32:
         reasons.append("float32 runs 1:2 on sparse tensor cores, not 2:4; use bfloat16 autocast")
+    elif problem.dtype in RESULT_TYPES and problem.structured == "weight":
+        multiple *= 2
     elif problem.dtype not in DATA_TYPES:
         reasons.append(f"{problem.dtype} is neither bfloat16 nor float16")
     if problem.structured == "weight":
         names = ("outputs", "inputs") if problem.product == "output" else ("inputs", "outputs")
         rules = tuple(
-            (f"{letter} ({name})", value, STRUCTURED_MULTIPLE)
+            (f"{letter} ({name})", value, multiple)
             for letter, name, value in zip("MK", names, (m, k), strict=True)
         )
     elif problem.product == "grad_input":

@@ -46,16 +46,20 @@ def integer(minimum: int, maximum: int = LARGEST) -> Callable[[str], int]:
     return read
 
 
-def number(minimum: float, *, above: bool = False) -> Callable[[str], float]:
-    """Return a reader of finite numbers from ``minimum`` on, or above it."""
+def number(
+    minimum: float, *, above: bool = False, most: float = math.inf
+) -> Callable[[str], float]:
+    """Return a reader of finite numbers from ``minimum`` on, or above it, and up to ``most``."""
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < minimum or (above and value == minimum):
+        low = value < minimum or (above and value == minimum)
+        if not math.isfinite(value) or low or value > most:
             rule = f"a number {'above' if above else 'of at least'} {minimum:g}"
+            rule += f" and at most {most:g}" if most < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
         return value
 

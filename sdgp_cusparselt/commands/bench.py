@@ -30,6 +30,7 @@ PARTS = {
     "pack": "bench_parts.py",
     "grads": "bench_grads.py",
     "layers": "bench_layers.py",
+    "weights": "bench_weights.py",
     "steps": "bench_steps.py",
     "models": "bench_models.py",
     "unstructured": "bench_unstructured.py",

@@ -24,7 +24,7 @@ def prepare(
         optimizer: that trains it.
         others: loaders and schedulers, as ``accelerator.prepare`` takes them.
         config: as ``convert_`` takes it; None for the defaults, or for a converted model.
-        options: further keywords of ``convert_``.
+        options: further keywords of ``convert_``, and fuse=True for ``fuse_`` after it.
 
     Returns:
         What ``accelerator.prepare(model, optimizer, *others)`` returns.

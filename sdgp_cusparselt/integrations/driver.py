@@ -7,9 +7,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sdgp_cusparselt.layers.convert import Configs, convert_, unwrapped
+from sdgp_cusparselt.layers.convert import Configs, convert_, revert_, unwrapped
+from sdgp_cusparselt.layers.fuse import fuse_
 from sdgp_cusparselt.layers.modules import SDGPModule
-from sdgp_cusparselt.layers.report import ConversionReport
+from sdgp_cusparselt.layers.report import ConversionReport, FusionReport
 from sdgp_cusparselt.layers.stepping import load_schedule_state, schedule_state, step, step_with
 
 
@@ -19,24 +20,40 @@ class Driver:
     Args:
         config: as ``convert_`` takes it; None drives a model that is converted already, and
             converts one that is not with the defaults.
+        fuse: whether ``fuse_`` follows.
         options: further keywords of ``convert_``.
 
     Attributes:
         report: of the conversion; None where the model came converted.
+        fusion: of ``fuse_``; None where it was not asked for.
     """
 
-    def __init__(self, config: Configs | None = None, **options: Any) -> None:
+    def __init__(
+        self, config: Configs | None = None, *, fuse: bool = False, **options: Any
+    ) -> None:
         self.report: ConversionReport | None = None
-        self._config, self._options = config, options
+        self.fusion: FusionReport | None = None
+        self._config, self._fuse, self._options = config, fuse, options
         self._model: nn.Module | None = None
         self._handle: RemovableHandle | None = None
         self._step: int | None = None
 
     def convert(self, model: nn.Module) -> None:
-        """Convert the model unless that is done; see ``convert_`` for what it raises."""
-        if self._model is None and (self._config is not None or not is_converted(model)):
-            self.report = convert_(model, self._config, **self._options)
+        """Convert and fuse the model unless that is done; see ``convert_`` and ``fuse_``."""
+        if self._model is None:
+            if self._config is not None or not is_converted(model):
+                self.report = convert_(model, self._config, **self._options)
+            if self._fuse:
+                self._fuse_(model)
         self._model = model
+
+    def _fuse_(self, model: nn.Module) -> None:
+        try:
+            self.fusion = fuse_(model)
+        except ValueError:
+            if self.report is not None:  # leave the model as it came
+                revert_(model)
+            raise
 
     def start(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
         """Count the steps of the optimizer that trains a converted layer.

@@ -18,7 +18,7 @@ class SDGPCallback(host.Callback):
 
     Args:
         config: as ``convert_`` takes it; None for the defaults, or for a converted model.
-        options: further keywords of ``convert_``.
+        options: further keywords of ``convert_``, and fuse=True for ``fuse_`` after it.
     """
 
     def __init__(self, config: Configs | None = None, **options: Any) -> None:

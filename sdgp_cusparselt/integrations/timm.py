@@ -16,6 +16,7 @@ from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.config.patterns import METHODS
 from sdgp_cusparselt.config.schedule import Ramp, Schedule
 from sdgp_cusparselt.layers.convert import convert_
+from sdgp_cusparselt.layers.fuse import fuse_
 from sdgp_cusparselt.layers.report import ConversionReport
 from sdgp_cusparselt.layers.stepping import step_with
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sdgp-steps", type=int, help="optimizer steps of the whole training")
     group.add_argument("--sdgp-warmup", type=float, default=0.0, help="dense share at the start")
     group.add_argument("--sdgp-tail", type=float, default=0.0, help="dense share at the end")
+    group.add_argument("--sdgp-fuse", action="store_true", help="fuse the activations' backward")
     group.add_argument("--sdgp-ramp", choices=get_args(Ramp), default="none")
 
 
@@ -43,7 +45,8 @@ def convert_from(args: argparse.Namespace, model: nn.Module) -> ConversionReport
         The report; None without --sdgp.
 
     Raises:
-        ValueError: the flags contradict each other; see ``SDGPConfig`` and ``Schedule``.
+        ValueError: the flags contradict each other, see ``SDGPConfig`` and ``Schedule``, or there
+            is nothing to fuse.
     """
     if args.sdgp is None:
         return None
@@ -56,7 +59,10 @@ def convert_from(args: argparse.Namespace, model: nn.Module) -> ConversionReport
             ramp=args.sdgp_ramp,
         )
     config = SDGPConfig(prune=args.sdgp, n=args.sdgp_n, m=args.sdgp_m, schedule=schedule)
-    return convert_(model, config)
+    report = convert_(model, config)
+    if args.sdgp_fuse:
+        fuse_(model)
+    return report
 
 
 def follow(

@@ -23,26 +23,15 @@ from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.layers import casting, shards
 from sdgp_cusparselt.layers.plain import ORDINARY
+from sdgp_cusparselt.layers.refusals import INSTEAD, check_one_gradient, once
 from sdgp_cusparselt.products import backward as products
 from sdgp_cusparselt.products import operators as ops
 from sdgp_cusparselt.recording.records import COMPILED, LayerRecord
 
 _COMPILED_TOKEN = COMPILED.token
-_INSTEAD = (
-    "Use sdgp.set_enabled_(model, False) or SDGPConfig(prune='none') where that is needed: layers "
-    "that do not prune are torch's own."
-)
-_NO_DOUBLE_BACKWARD = (
-    "SDGP: a second derivative was asked for, but a pruned gradient is not the derivative of any "
-    f"function. {_INSTEAD}"
-)
-NO_JVP = f"SDGP: forward-mode derivatives of a pruned layer are not defined. {_INSTEAD}"
-_NO_BATCHED_GRADIENTS = (
-    "SDGP: a pruned layer takes one gradient at a time, not a batch of them as is_grads_batched, "
-    f"jacrev and vmap over gradients make them. {_INSTEAD}"
-)
+NO_JVP = f"SDGP: forward-mode derivatives of a pruned layer are not defined. {INSTEAD}"
 _NO_BATCHED_PARAMETERS = (
-    f"SDGP: a pruned layer cannot be mapped over its weight or bias by vmap. {_INSTEAD}"
+    f"SDGP: a pruned layer cannot be mapped over its weight or bias by vmap. {INSTEAD}"
 )
 
 
@@ -306,22 +295,12 @@ def gradient_means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
     else:
         casting.forget()
         is_plain = type(grad_output) is Tensor and not torch._C._are_functorch_transforms_active()
-        check_one(grad_output)
+        check_one_gradient(grad_output)
     if is_plain:
         return products, ctx.config, ctx.record
     if isinstance(ctx.config, str):  # compiled forward
         return ops, ctx.config, ctx.record
     return ops, ctx.config.text, ctx.record.token
-
-
-def check_one(grad_output: Tensor) -> None:
-    """Raise SDGPError where vmap maps over a gradient, at whatever depth of other transforms."""
-    x = grad_output
-    is_batched = _functorch.is_legacy_batchedtensor(x)
-    while not is_batched and _functorch.is_functorch_wrapped_tensor(x):
-        is_batched, x = _functorch.is_batchedtensor(x), _functorch.get_unwrapped(x)
-    if is_batched:
-        raise SDGPError(_NO_BATCHED_GRADIENTS)
 
 
 def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:
@@ -330,35 +309,6 @@ def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:
     if dim is None or any(other is not None for other in others):
         raise SDGPError(_NO_BATCHED_PARAMETERS)
     return dim
-
-
-class _NoDoubleBackward(Function):
-    """Hands gradients through and raises when they are differentiated."""
-
-    @staticmethod
-    def forward(anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Save nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise SDGPError(_NO_DOUBLE_BACKWARD)
-
-
-def once(ctx: Any, grad_output: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return grads; with create_graph=True, such that differentiating them raises."""
-    if not torch.is_grad_enabled():
-        return grads
-    sources = (grad_output, *ctx.saved_tensors)
-    anchor = next((t for t in sources if t is not None and t.requires_grad), None)
-    if anchor is None:
-        return grads
-    present = [g for g in grads if g is not None]
-    guarded = iter(_NoDoubleBackward.apply(anchor, *present))  # type: ignore[no-untyped-call]
-    return tuple(None if g is None else next(guarded) for g in grads)
 
 
 # For ``_applied``.

@@ -247,7 +247,7 @@ def _reason_against(
 ) -> str | None:
     """Return None to convert, "" for a module that is none of our kinds, else why not."""
     if sdgp_class_of(module) is None:
-        return _why_not_convertible(module)
+        return why_not_convertible(module)
     if config is None:
         return "left dense by its name"
     reason = reason_against_weight(_weight(module), None)
@@ -281,7 +281,7 @@ def _reason_against_pruning_weight(
     return None
 
 
-def _why_not_convertible(module: nn.Module) -> str:
+def why_not_convertible(module: nn.Module) -> str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"
     if not isinstance(module, nn.Linear | nn.Conv2d):

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import SDGPError
 from sdgp_cusparselt.layers import activations, casting
-from sdgp_cusparselt.layers.autograd import NO_JVP, check_one, constants_of, once
+from sdgp_cusparselt.layers.autograd import NO_JVP, constants_of
 from sdgp_cusparselt.layers.plain import ORDINARY
+from sdgp_cusparselt.layers.refusals import check_one_gradient, once
 from sdgp_cusparselt.products.produced import FusedLinear, Needs, produced_grads
 from sdgp_cusparselt.pruning.producers import ActivationBackward
 from sdgp_cusparselt.recording.records import LayerRecord
@@ -139,7 +140,7 @@ class _Activated(Function):
         (grad_hidden,) = grads
         if not torch.compiler.is_compiling():
             casting.forget()
-            check_one(grad_hidden)
+            check_one_gradient(grad_hidden)
         if not torch.is_grad_enabled():
             return *_gradients(ctx, grad_hidden), *[None] * 8
         with torch.no_grad():

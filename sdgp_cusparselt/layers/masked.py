@@ -24,10 +24,12 @@ from sdgp_cusparselt.backends.masking import masked
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.layers import casting, shards
-from sdgp_cusparselt.layers.autograd import gradient_means, once, token_matrix
+from sdgp_cusparselt.layers.autograd import gradient_means, token_matrix
 from sdgp_cusparselt.layers.plain import ORDINARY, reason_against_weight
+from sdgp_cusparselt.layers.refusals import once
 from sdgp_cusparselt.products import backward as products
 from sdgp_cusparselt.products import operators as ops
+from sdgp_cusparselt.products import weight_operators as weight_ops
 from sdgp_cusparselt.products import weights as of_weights
 from sdgp_cusparselt.recording.records import COMPILED, LayerRecord
 
@@ -121,7 +123,7 @@ class _MaskedLinear(Function):
         config: Any,
         record: Any,
     ) -> Tensor:
-        calls = ops if isinstance(config, str) else of_weights
+        calls = weight_ops if isinstance(config, str) else of_weights
         output: Tensor = calls.linear_output(input, weight, bias, mask, keeps, config, record)
         return output
 
@@ -156,7 +158,9 @@ class _MaskedConv2d(Function):
     ) -> Tensor:
         output: Tensor
         if isinstance(config, str):
-            output = ops.conv2d_output(input, weight, bias, mask, geometry, keeps, config, record)
+            output = weight_ops.conv2d_output(
+                input, weight, bias, mask, geometry, keeps, config, record
+            )
         else:
             conv = ops.geometry_of(geometry)
             output = of_weights.conv2d_output(
@@ -188,7 +192,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
 def _linear_gradients(ctx: Any, grad_output: Tensor) -> shards.Gradients:
     """Return grad_input, grad_weight and grad_bias, where they are needed."""
     calls, config, record = gradient_means(ctx, grad_output)
-    weights: Any = of_weights if calls is products else ops
+    weights: Any = of_weights if calls is products else weight_ops
     input, weight, mask, mask_t = ctx.saved_tensors
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     flat, keeps = token_matrix(grad_output), ctx.keeps
@@ -220,7 +224,7 @@ def _conv2d_gradients(ctx: Any, grad_output: Tensor) -> shards.Gradients:
     """Return grad_input, grad_weight and grad_bias, where they are needed."""
     calls, config, record = gradient_means(ctx, grad_output)
     eager = calls is products
-    weights: Any = of_weights if eager else ops
+    weights: Any = of_weights if eager else weight_ops
     conv = ops.geometry_of(ctx.geometry)
     geometry = conv if eager else ctx.geometry
     input, weight, mask, mask_t = ctx.saved_tensors

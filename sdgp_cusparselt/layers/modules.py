@@ -125,6 +125,9 @@ class SDGPLinear(SDGPModule, nn.Linear):
         """Return input @ weight.T + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
+        return _with_adapter(self, input, self._output(input))
+
+    def _output(self, input: Tensor) -> Tensor:
         config, record = self.sdgp_config, self.sdgp_record
         if config.masks_weight and self.sdgp_enabled:
             keeps = not self.sdgp_rebound
@@ -185,6 +188,9 @@ class SDGPConv1D(SDGPModule):
         """Return input @ weight + bias: [..., in_features] -> [..., out_features]."""
         if is_traced(input):
             return _as_leaf(self, input)
+        return _with_adapter(self, input, self._output(input))
+
+    def _output(self, input: Tensor) -> Tensor:
         weight, config, record = self.weight.t(), self.sdgp_config, self.sdgp_record
         if config.masks_weight and self.sdgp_enabled:
             keeps = not self.sdgp_rebound
@@ -204,6 +210,15 @@ class SDGPConv1D(SDGPModule):
     def extra_repr(self) -> str:
         """Return sizes and the active pruning."""
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
+
+
+def _with_adapter(layer: SDGPModule, input: Tensor, output: Tensor) -> Tensor:
+    """Return output with what a recipe's low-rank adapter adds to it."""
+    recipe: Any = layer._modules.get(RECIPE)
+    if recipe is None:
+        return output
+    added: Tensor = recipe.add_adapter(input, output)
+    return added
 
 
 def is_traced(input: object) -> bool:

@@ -8,7 +8,7 @@ and reciprocal, 2**-22 and 2**-23, are in them:
 - gelu: 2**-15.7 of act' (2**-20 absolute where act' is below 0.05), 2**-14.1 of act.
 - gelu_tanh, silu: 2**-18.5 of both (2**-20.5 absolute where act' is below 0.25).
 - relu, relu_squared: exact before the one rounding.
-- cross_entropy: 2**-23 max(|logit|, |lse|, 1) of the probability.
+- cross_entropy: 2**-22 max(|logit|, |lse|, 1) of the probability.
 """
 
 import triton

@@ -32,13 +32,15 @@ def two_of_four(
     made = torch.empty(rows, cols, dtype=dtype, device=device)
     groups = -(-cols // 4)
     pairs = torch.tensor([[i in pair for i in range(4)] for pair in combinations(range(4), 2)])
-    values = torch.tensor([-2, -1, 1, 2], dtype=dtype, device=device)
+    # 8-bit types cannot be multiplied by themselves; these numbers are exact in all of them.
+    kind = torch.float32 if dtype.itemsize == 1 else dtype
+    values = torch.tensor([-2, -1, 1, 2], dtype=kind, device=device)
     pairs = pairs.to(device)
     for part in row_blocks(rows, 4 * cols):
         shape = (part.stop - part.start, groups, 4)
         kept = pairs[torch.randint(6, shape[:2], generator=generator, device=device)]
         drawn = values[torch.randint(4, shape, generator=generator, device=device)]
-        made[part] = (kept * drawn).flatten(1)[:, :cols]
+        made[part] = (kept * drawn).flatten(1)[:, :cols].to(dtype)
     return made
 
 
@@ -55,7 +57,8 @@ def few_integers(
     made = torch.empty(rows, cols, dtype=dtype, device=device)
     for part in row_blocks(rows, 2 * cols):
         draw = torch.rand(part.stop - part.start, cols, generator=generator, device=device)
-        made[part] = ((draw < share / 2).to(dtype)) - (draw > 1 - share / 2).to(dtype)
+        signs = (draw < share / 2).to(torch.int8) - (draw > 1 - share / 2).to(torch.int8)
+        made[part] = signs.to(dtype)
     return made
 
 
@@ -65,6 +68,8 @@ def share_of_nonzeros(k: int, dtype: torch.dtype) -> float:
     The result's standard deviation is sqrt(1.25 K share); a sixth of the largest integer up to
     which ``dtype`` holds every one keeps nearly all results exactly representable.
     """
+    if not dtype.is_floating_point:
+        return 1.0
     largest = 2 / torch.finfo(dtype).eps
     return min(1.0, (largest / 6) ** 2 / (1.25 * max(k, 1)))
 

@@ -1,10 +1,12 @@
 """What a plan says: a verdict for each card, tables below it, plain dictionaries for JSON."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
+from sdgp_cusparselt.layers.presets import Preset
 from sdgp_cusparselt.planner.gemms import Trace
 from sdgp_cusparselt.planner.models import Problem
 from sdgp_cusparselt.planner.results import PredictionError
@@ -13,10 +15,12 @@ from sdgp_cusparselt.planner.roofline import (
     Forecast,
     GemmTime,
     break_even,
+    heavy_rows,
     ladder,
     merge,
     paper_saving,
 )
+from sdgp_cusparselt.planner.steps_ratios import MEASURED
 
 ROLES = ("forward", "grad_input", "grad_weight")
 #: Below this a predicted speedup of a step is within what the roofline leaves out.
@@ -53,33 +57,60 @@ def shares(trace: Trace) -> dict[str, int]:
     return total | {"prunable": sum(g.flops for g in trace.gemms if g.prunable)}
 
 
-def time_to_loss(result: Forecast, steps_ratio: float) -> str:
+@dataclass(frozen=True)
+class StepsRatio:
+    """R, and where it comes from.
+
+    Attributes:
+        value: steps to the same loss over those of dense training.
+        source: in words; empty where the user gave it.
+    """
+
+    value: float
+    source: str = ""
+
+
+def steps_ratio(preset: Preset | None, given: float | None, heavy: float) -> StepsRatio | None:
+    """Return R as the user gave it, or as it was measured for a preset; None without either."""
+    if given is not None:
+        return StepsRatio(given)
+    if preset is None or heavy:
+        return None
+    found = MEASURED[preset]
+    return StepsRatio(found.mean, f" ({preset}: {found.source})")
+
+
+def time_to_loss(result: Forecast, ratio: StepsRatio) -> str:
     """Return what a step's speedup is worth if the same loss takes R times as many steps.
 
     time dense / time SDGP to the same loss = speedup / R
 
     Args:
         result: of one card.
-        steps_ratio: R, as ``sdgp quality`` predicts it.
+        ratio: R, as ``sdgp quality`` predicts it or a preset was measured.
     """
-    worth = result.speedup / steps_ratio
-    word = "a win" if worth > 1 else "a loss" if worth < 1 else "neither win nor loss"
-    return f"{result.gpu.name}: with R = {steps_ratio:g}, {worth:.3f}x to the same loss: {word}."
+    if not _gaining(result)[0]:
+        return f"{result.gpu.name}: nothing gains, so nothing is pruned: neither win nor loss."
+    worth = result.speedup / ratio.value
+    word = "win" if worth > 1 else "loss"
+    end = f"a {word} of {abs(worth - 1):.1%}" if worth != 1 else "neither win nor loss"
+    given = f"with R = {ratio.value:g}{ratio.source}"
+    return f"{result.gpu.name}: {given}, {worth:.3f}x to the same loss: {end}."
 
 
 def verdict(result: Forecast) -> str:
     """Return what to expect of one card, in one sentence."""
     dense, sdgp = _step_ms(result)
     gains, layers = _gaining(result)
-    name = result.gpu.name
+    name, what = result.gpu.name, _counted(result)
     if not layers:
         return f"{name}: no layer of this model can be pruned, so nothing changes."
     if result.speedup < WORTHWHILE:
-        few = f"{gains} of {layers} layers would gain" if gains else "no layer would gain"
+        few = f"{gains} of {layers} {what} would gain" if gains else f"no {what[:-1]} would gain"
         return f"{name}: no gain to speak of is predicted for a step of {dense} ms; {few}."
     return (
         f"{name}: a step is predicted to be {result.speedup:.2f}x as fast, "
-        f"{sdgp} ms instead of {dense}; {gains} of {layers} layers gain."
+        f"{sdgp} ms instead of {dense}; {gains} of {layers} {what} gain."
     )
 
 
@@ -96,22 +127,57 @@ def summary(problem: Problem, trace: Trace) -> list[str]:
     return lines + [f"Stays plain: {g.fqn or 'the model'}: {why}." for why, g in plain.items()]
 
 
-def overview(forecasts: Sequence[Forecast]) -> Table:
-    """Return one row a card, within 60 columns."""
+def packing_notes(trace: Trace, forecasts: Sequence[Forecast], heavy: float) -> list[str]:
+    """Return sentences: which layers' gradients are packed where they are made, or what rows."""
+    if heavy:
+        tokens = max((g.m for g in trace.gemms if g.prunable and g.role == "grad_input"), default=0)
+        rows = heavy_rows(tokens, heavy)
+        return [
+            f"Heavy tokens: {rows} of {tokens} tokens take a second row in grad_input; their norms "
+            "take a read of the gradient."
+        ]
+    if not any(result.packing.fuse for result in forecasts):
+        return []
+    behind: dict[str, int] = {}
+    layers = {g.call for g in trace.gemms if g.prunable}
+    for call in layers & set(trace.activations):
+        name = trace.activations[call]
+        behind[name] = behind.get(name, 0) + 1
+    if not behind:
+        return ["Fused: none; no activation follows a layer that SDGP may take at once."]
+    kinds = ", ".join(f"{count} behind {name}" for name, count in sorted(behind.items()))
+    return [
+        f"Fused: {sum(behind.values())} of {len(layers)} layers, {kinds}: packing adds 1.125 bytes "
+        "an element to the activation's backward for one sparse product, 0.25 for two, in place of "
+        "3.125 or 4.25 in a pass of its own."
+    ]
+
+
+def overview(forecasts: Sequence[Forecast], before: Sequence[Forecast] | None = None) -> Table:
+    """Return one row a card, within 60 columns.
+
+    Args:
+        forecasts: one a card.
+        before: the same without fused packs, for a column of their speedups.
+    """
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column("GPU")
-    for title in ("dense ms", "SDGP ms", "speedup", "layers gain", "from width"):
+    what = _counted(forecasts[0])
+    titles = ["dense ms", "SDGP ms", "speedup", f"{what} gain", "from width"]
+    if before is not None:
+        titles[2:3] = ["unfused", "fused"]
+        titles.remove("from width")
+    for title in titles:
         shown.add_column(title, justify="right")
-    for result in forecasts:
+    for number, result in enumerate(forecasts):
         edge = break_even(result.gpu, result.efficiency)
         gains, layers = _gaining(result)
-        shown.add_row(
-            result.gpu.name,
-            *_step_ms(result),
-            f"{result.speedup:.3f}x",
-            f"{gains} of {layers}",
-            "none" if edge is None else str(edge),
-        )
+        cells = [*_step_ms(result), f"{result.speedup:.3f}x", f"{gains} of {layers}"]
+        if before is not None:
+            cells.insert(2, f"{before[number].speedup:.3f}x")
+        else:
+            cells.append("none" if edge is None else str(edge))
+        shown.add_row(result.gpu.name, *cells)
     return shown
 
 
@@ -120,6 +186,12 @@ def _step_ms(result: Forecast) -> tuple[str, str]:
     steps = ((gemms + result.other) / 1e3 for gemms in (result.dense_us, result.sdgp_us))
     dense, sdgp = (f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f}" for ms in steps)
     return dense, sdgp
+
+
+def _counted(result: Forecast) -> str:
+    """Return what ``_gaining`` counts: a layer has one product that is pruned, or two."""
+    both = any(t.gemm.prunable and t.gemm.role == "grad_weight" for t in result.times)
+    return "products" if both else "layers"
 
 
 def _gaining(result: Forecast) -> tuple[int, int]:
@@ -221,17 +293,20 @@ def as_json(
     trace: Trace,
     forecasts: Sequence[Forecast],
     errors: Sequence[PredictionError],
-    steps_ratio: float | None = None,
+    ratio: StepsRatio | None = None,
+    before: Sequence[Forecast] | None = None,
 ) -> dict[str, Any]:
-    """Return the plan as plain data: every GEMM, every GPU, every source; R if one was given."""
+    """Return the plan as plain data: every GEMM, every GPU, every source; R if there is one."""
+    unfused = [None] * len(forecasts) if before is None else [f.speedup for f in before]
+    cards = zip(forecasts, unfused, strict=True)
     return {
-        "steps_ratio": steps_ratio,
+        "steps_ratio": None if ratio is None else ratio.value,
         "model": problem.name,
         "problem": problem.description,
         "parameters": trace.parameters,
         "flops": shares(trace),
         "caveat": CAVEAT,
-        "gpus": [_gpu_json(result) for result in forecasts],
+        "gpus": [_gpu_json(result) | {"unfused_speedup": old} for result, old in cards],
         "prediction_errors": [
             {
                 "file": f"{e.path.parent.name}/{e.path.name}",

@@ -6,13 +6,23 @@ SDGP: prune and pack grad_output, multiply on sparse tensor cores, and for a con
 not 1 x 1 add the columns up into an image; dense wherever that is faster.
 """
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdgp_cusparselt.cards.efficiency import Efficiency, gemm_size
 from sdgp_cusparselt.cards.gpus import GPU
-from sdgp_cusparselt.cards.times import BYTES, dense_us, pack_us, sparse_us, stream_us
-from sdgp_cusparselt.planner.gemms import Gemm, Trace
+from sdgp_cusparselt.cards.times import (
+    BYTES,
+    both_packs_us,
+    dense_us,
+    fused_pack_us,
+    pack_us,
+    sparse_us,
+    stream_us,
+)
+from sdgp_cusparselt.planner.gemms import SPARSE_MULTIPLE, Gemm, Trace
 
 #: Forward traffic of norms and activations, times this, is that of the step: the backward pass
 #: reads about two tensors and writes one for each one that the forward pass writes.
@@ -30,7 +40,9 @@ class GemmTime:
         dense: the dense GEMM.
         pack: pruning and packing the left operand; 0 when SDGP cannot take it.
         sparse: the sparse GEMM alone; 0 when SDGP cannot take it.
-        fold: spreading the pixels of a strided convolution into an image.
+        fold: spreading the pixels of a strided convolution into an image, or adding the second rows
+            of heavy tokens.
+        taken: whether SDGP's path is; None where that follows from this GEMM alone.
     """
 
     gemm: Gemm
@@ -38,6 +50,7 @@ class GemmTime:
     pack: float = 0.0
     sparse: float = 0.0
     fold: float = 0.0
+    taken: bool | None = None
 
     @property
     def path(self) -> float:
@@ -46,7 +59,9 @@ class GemmTime:
 
     @property
     def gains(self) -> bool:
-        """SDGP's path is faster than dense."""
+        """SDGP's path is faster than dense, alone or with the other product of its layer."""
+        if self.taken is not None:
+            return self.taken
         return self.gemm.prunable and self.path < self.dense
 
     @property
@@ -80,6 +95,91 @@ def gemm_time(gemm: Gemm, gpu: GPU, efficiency: Efficiency) -> GemmTime:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How gradients are packed.
+
+    Attributes:
+        fuse: by the backward of the activation that makes them, where one does.
+        heavy: share of the tokens that is kept exactly, as pairs of 2:4 rows.
+    """
+
+    fuse: bool = False
+    heavy: float = 0.0
+
+
+DEFAULT_PACKING = Packing()
+
+
+def layer_times(
+    gemms: Sequence[Gemm],
+    gpu: GPU,
+    efficiency: Efficiency,
+    how: Packing = DEFAULT_PACKING,
+    *,
+    fused: bool = False,
+) -> list[GemmTime]:
+    """Predict the GEMMs of one call of a layer, whose two sparse products may share a pack.
+
+    Of all ways to run the prunable ones sparse or dense the fastest is taken. Where both are
+    sparse, each bears half of the one pack.
+
+    Args:
+        gemms: of the call.
+        gpu: peak and bandwidth.
+        efficiency: fractions of them that kernels reach.
+        how: gradients are packed.
+        fused: whether the kernel that makes the gradient packs it.
+    """
+    times = [gemm_time(gemm, gpu, efficiency) for gemm in gemms]
+    places = [i for i, gemm in enumerate(gemms) if gemm.prunable]
+    if not places:
+        return times
+    for i in places:
+        if how.heavy and gemms[i].kind == "linear" and gemms[i].role == "grad_input":
+            times[i] = _with_heavy_tokens(times[i], gpu, efficiency, how.heavy)
+        elif fused:
+            alone = fused_pack_us(gpu, efficiency, gemms[i].elements[0], both=False)
+            times[i] = replace(times[i], pack=alone)
+    best = [replace(t, taken=t.gains) if t.gemm.prunable else t for t in times]
+    if len(places) == 2 and not how.heavy:
+        elements = gemms[places[0]].elements[0]
+        pack = both_packs_us(gpu, efficiency, elements)
+        if fused:
+            pack = fused_pack_us(gpu, efficiency, elements, both=True)
+        shared = [replace(t, pack=pack / 2, taken=True) if t.gemm.prunable else t for t in times]
+        if sum(t.best for t in shared) < sum(t.best for t in best):
+            return shared
+    return best
+
+
+def _with_heavy_tokens(time: GemmTime, gpu: GPU, efficiency: Efficiency, share: float) -> GemmTime:
+    """Return grad_input's time with the heaviest tokens exact: two 2:4 rows for each of them.
+
+    Their norms take a read of the gradient, their choice a launch, their rows a longer operand and
+    product, and their second rows are added to their first.
+    """
+    gemm = time.gemm
+    extra = heavy_rows(gemm.m, share)
+    rows = gemm.m + extra
+    left, right, result = (rows * gemm.k, gemm.elements[1], rows * gemm.n)
+    flops = 2 * gemm.batch * rows * gemm.n * gemm.k
+    size = gemm_size(rows, gemm.n, gemm.k)
+    packs = pack_us(gpu, efficiency, left) + 2 * efficiency.launch_us
+    packs += stream_us(gpu, efficiency, BYTES * gemm.m * gemm.k)
+    adds = stream_us(gpu, efficiency, 3 * BYTES * extra * gemm.n) + efficiency.launch_us
+    sparse = sparse_us(gpu, efficiency, flops, size, (left, right, result))
+    return replace(time, pack=packs, sparse=sparse, fold=adds)
+
+
+def heavy_rows(tokens: int, share: float) -> int:
+    """Return how many rows heavy tokens add: at least their share, up to a multiple of 16 rows."""
+    if not share:
+        return 0
+    wanted = tokens + math.ceil(share * tokens - 1e-9)
+    return min(tokens, -(-wanted // SPARSE_MULTIPLE) * SPARSE_MULTIPLE - tokens)
+
+
+@dataclass(frozen=True)
 class Forecast:
     """Predicted step of one model on one GPU.
 
@@ -88,12 +188,14 @@ class Forecast:
         efficiency: where its fractions of the peak come from.
         times: one entry a GEMM, in the order of the trace.
         other: microseconds of every other op of the step, unfused.
+        packing: how gradients are packed.
     """
 
     gpu: GPU
     efficiency: Efficiency
     times: tuple[GemmTime, ...]
     other: float
+    packing: Packing = DEFAULT_PACKING
 
     @property
     def dense_us(self) -> float:
@@ -111,11 +213,23 @@ class Forecast:
         return (self.dense_us + self.other) / (self.sdgp_us + self.other)
 
 
-def forecast(trace: Trace, gpu: GPU, efficiency: Efficiency) -> Forecast:
-    """Predict every GEMM of ``trace`` on ``gpu``."""
-    times = tuple(gemm_time(gemm, gpu, efficiency) for gemm in trace.gemms)
+def forecast(
+    trace: Trace, gpu: GPU, efficiency: Efficiency, how: Packing = DEFAULT_PACKING
+) -> Forecast:
+    """Predict every GEMM of ``trace`` on ``gpu``.
+
+    Args:
+        trace: of the model.
+        gpu: the card.
+        efficiency: fractions of its peaks.
+        how: gradients are packed.
+    """
+    times: list[GemmTime] = []
+    for call, gemms in itertools.groupby(trace.gemms, key=lambda gemm: gemm.call):
+        fused = how.fuse and call in trace.activations
+        times += layer_times(list(gemms), gpu, efficiency, how, fused=fused)
     other = STEP_TO_FORWARD * stream_us(gpu, efficiency, trace.other_bytes)
-    return Forecast(gpu, efficiency, times, other)
+    return Forecast(gpu, efficiency, tuple(times), other, how)
 
 
 def paper_saving(share: float, speedup: float = 2.0, overhead: float = 0.0) -> float:

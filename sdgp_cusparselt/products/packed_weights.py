@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -91,6 +91,14 @@ class PrunedWeight:
     dtype: torch.dtype
     config: SDGPConfig
     keeps: bool = True
+    #: Whether nothing but the packed weight exists: then a machine without sparse tensor cores is
+    #: no surprise that is told of.
+    is_stored: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[outputs, inputs] or [outputs, inputs, kH, kW]."""
+        return tuple(self.weight.shape)
 
     def dense(self) -> Tensor:
         """Return the pruned weight with its zeros, in the products' dtype."""
@@ -160,13 +168,16 @@ class PrunedWeight:
                         version.forms.popitem(last=False)
         return kept.read()
 
+    def _tensors(self) -> list[Tensor]:
+        return [t for t in (self.weight, self.mask, self.mask_t) if t is not None]
+
     def _version(self) -> _Version | None:
         """Return what is kept of the version at hand, or None where nothing may be."""
-        tensors = [t for t in (self.weight, self.mask, self.mask_t) if t is not None]
+        tensors = self._tensors()
         if not self.keeps or any(t.is_inference() for t in tensors):
             return None
         places = [_place(t) for t in tensors]
-        if is_capturing(self.weight.device):
+        if is_capturing(tensors[0].device):
             with _lock:
                 for t in tensors:
                     storage = t.untyped_storage()

@@ -112,7 +112,9 @@ def prepare(key: Key, operands: Operands, config: SDGPConfig, record: LayerRecor
         _keep(calls.single, key, call)
         if route.way == "plain" and not route.of_memory:
             _keep(_plain, (*operands.layer_key(), config.text), call)
-    _tell(operands.product, route, config, record)
+    stored = isinstance(operands, OfWeight) and operands.pruned_weight.is_stored
+    if not (stored and route.of_machine):
+        _tell(operands.product, route, config, record)
     return call
 
 

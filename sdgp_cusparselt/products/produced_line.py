@@ -52,9 +52,11 @@ def asked_of(
     return Asked(found.pop(), dense, sums) if len(found) == 1 else None
 
 
-def usable(line: SparseProduct | None) -> SparseProduct | None:
+def usable(line: object) -> SparseProduct | None:
     """Return a sparse product's line if its operand is one that a maker can write, else None."""
-    return None if line is None or line.wanted is None or line.tail else line
+    if not isinstance(line, SparseProduct) or line.wanted is None or line.tail:
+        return None
+    return line
 
 
 class ProducedLine:

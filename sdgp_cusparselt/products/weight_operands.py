@@ -55,10 +55,10 @@ class WeightOperands:
 
     def key(self) -> Key:
         """Return what a prepared call depends on."""
-        x, w = self.activations, self.pruned_weight.weight
+        x = self.activations
         return (
             type(self), x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT,
-            w.shape, self.conv,
+            self.pruned_weight.shape, self.conv,
         )  # fmt: skip
 
     def layer_key(self) -> Key:
@@ -67,8 +67,8 @@ class WeightOperands:
 
     def problem(self, config: SDGPConfig) -> Problem:
         """Return its sizes with what the user chose."""
-        x, w = self.tokens(), self.pruned_weight.weight
-        outputs, inputs = w.shape[:2]
+        x, shape = self.tokens(), self.pruned_weight.shape
+        outputs, inputs = shape[:2]
         m, k = (outputs, inputs) if self.along == INPUTS else (inputs, outputs)
         # What is padded is copied, row by row.
         padded = padded_columns(x.shape[0], x.dtype) != x.shape[0]
@@ -81,7 +81,7 @@ class WeightOperands:
             x.device,
             config,
             conv=self.conv,
-            kernel_size=(1, 1) if w.ndim == 2 else (w.shape[2], w.shape[3]),
+            kernel_size=(1, 1) if len(shape) == 2 else (shape[2], shape[3]),
             channels_last=self._channels_last(),
             dense_order="col" if padded else dense_order(x.t()),
             structured="weight",
@@ -159,6 +159,26 @@ class LinearWeightGradInput(WeightOperands):
     def finish(self, result: Tensor) -> Tensor:
         """Return [..., I] from [tokens, I]."""
         return result.view(*self.activations.shape[:-1], result.shape[1])
+
+
+@dataclass(slots=True, eq=False)
+class NarrowOutput(LinearOutput):
+    """output = input @ W.T of int8 in int32, or of fp8 in float32; exact, but for fp8's sum.
+
+    Attributes:
+        activations: input, int8 or fp8 [..., I].
+        pruned_weight: W, of the same dtype, [O, I].
+    """
+
+    def plain(self) -> Tensor:
+        """Return torch's product of the same numbers, in a dtype that holds every sum."""
+        x, w = self.tokens(), self.weight()
+        if x.dtype == torch.int8:
+            # Exact: |sum| <= K 2**14, below 2**53 for every K that is stored.
+            product = (x.double() @ w.double().t()).to(torch.int32)
+        else:
+            product = x.float() @ w.float().t()
+        return self.finish(product)
 
 
 class _ConvOperands(WeightOperands):

@@ -34,10 +34,10 @@ def prune_groups(
         return _mvue(groups, at, n, generator)
     if method == "random":
         return where(_random_mask(groups, at, n, generator), groups)
-    return where(_largest(magnitude_bits(groups), at, n), groups)
+    return where(largest_mask(magnitude_bits(groups), at, n), groups)
 
 
-def _largest(keys: Tensor, at: int, n: int) -> Tensor:
+def largest_mask(keys: Tensor, at: int, n: int) -> Tensor:
     """Return the mask of the n largest keys along ``at``; on a tie the lowest index wins."""
     return _largest_of_four(keys, at, n) if keys.shape[at] == 4 else _top(keys, at, n)
 
@@ -130,7 +130,7 @@ def _mvue(groups: Tensor, at: int, n: int, generator: torch.Generator | None) ->
     drawn = first + passed * total < end
     amount = total.to(wide) / left.clamp(min=1) * part
     estimate = torch.where(sure, x, torch.where(drawn, amount.copysign(x), torch.zeros_like(x)))
-    by_magnitude = where(_largest(magnitude_bits(groups), at, n), groups)
+    by_magnitude = where(largest_mask(magnitude_bits(groups), at, n), groups)
     return where(finite, estimate.to(groups.dtype), by_magnitude)
 
 

@@ -8,6 +8,8 @@ from sdgp_cusparselt.config.choices import BackendName, SDGPConfig
 from sdgp_cusparselt.config.patterns import METHODS, PruneMethod
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.layers.presets import Preset
+from sdgp_cusparselt.training.weight_methods import STRUCTURELESS, WEIGHT_METHODS
+from sdgp_cusparselt.weights import WeightRecipe
 
 DENSE = "dense"
 NONE = "none"
@@ -15,6 +17,8 @@ NONE = "none"
 _PATTERN = re.compile(
     r"((?P<preset>readers|balanced):)?(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+heavy=(?P<heavy>[01]?(\.\d+)?))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
 )
+#: Before the name of a row of ``WEIGHT_METHODS``.
+WEIGHTS = "weights="
 
 #: The rows of the SDGP paper's CIFAR-10 table, in its order.
 TABLE1 = (
@@ -49,7 +53,16 @@ PRESETS = (
     "none@2:4+grad_weight=mvue",
     "balanced:mvue@2:4",
 )
-SWEEPS = {"table1": TABLE1, "gradient-bias": GRADIENT_BIAS, "presets": PRESETS}
+SWEEPS = {
+    "table1": TABLE1,
+    "gradient-bias": GRADIENT_BIAS,
+    "presets": PRESETS,
+    "weights": (
+        DENSE,
+        *(f"{WEIGHTS}{name}" for name in WEIGHT_METHODS if name not in STRUCTURELESS),
+    ),
+    "unstructured": (DENSE, *(f"{WEIGHTS}{name}" for name in ("mishra", *STRUCTURELESS))),
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class Method:
         grad_weight: prune method of the second product; None leaves it dense.
         preset: which layers of a transformer; see ``convert_``.
         heavy_tokens: of ``SDGPConfig``.
+        weights: name in ``WEIGHT_METHODS``; gradients are then dense but for what it prunes.
     """
 
     prune: str
@@ -75,6 +89,7 @@ class Method:
     grad_weight: str | None = None
     preset: Preset = "all"
     heavy_tokens: float = 0.0
+    weights: str = ""
 
     @property
     def is_dense(self) -> bool:
@@ -86,6 +101,8 @@ class Method:
         """Name in tables and plots, such as ``magnitude 2:4`` or ``grad_weight: mvue 2:4``."""
         if self.is_dense:
             return DENSE
+        if self.weights:
+            return WEIGHT_METHODS[self.weights].label
         pattern = f"{self.n}:{self.m}"
         parts = [f"{self.prune} {pattern}"] if self.prune != NONE or not self.grad_weight else []
         parts += [f"heaviest {self.heavy_tokens:.3g} exact"] if self.heavy_tokens else []
@@ -98,6 +115,8 @@ class Method:
         """Name on the command line, such as ``magnitude@2:4`` or ``none@2:4+grad_weight=mvue``."""
         if self.is_dense:
             return DENSE
+        if self.weights:
+            return f"{WEIGHTS}{self.weights}"
         suffix = f"+heavy={self.heavy_tokens:g}" if self.heavy_tokens else ""
         suffix += f"+grad_weight={self.grad_weight}" if self.grad_weight else ""
         which = "" if self.preset == "all" else f"{self.preset}:"
@@ -113,6 +132,19 @@ class Method:
     def prunes_grad_input(self) -> bool:
         """Whether the data gradient differs from the dense one."""
         return not self.is_dense and self.prune != NONE and self.n < self.m
+
+    @property
+    def passes(self) -> int:
+        """How often the task's recipe is gone through."""
+        return WEIGHT_METHODS[self.weights].passes if self.weights else 1
+
+    def weight_recipe(self, steps: int) -> WeightRecipe | None:
+        """Return what the weights follow, or None where they are dense.
+
+        Args:
+            steps: of the task's recipe.
+        """
+        return WEIGHT_METHODS[self.weights].build(steps) if self.weights else None
 
     def config(self, backend: BackendName = "auto") -> SDGPConfig | None:
         """Return the conversion's config, or None for dense.
@@ -156,11 +188,15 @@ def parse_method(text: str) -> Method:
     Raises:
         ValueError: the spelling, the prune method, or n and m are wrong.
     """
-    match = _PATTERN.fullmatch(text.strip())
+    word = text.strip()
+    if word.removeprefix(WEIGHTS) in WEIGHT_METHODS and word.startswith(WEIGHTS):
+        return Method(NONE, weights=word.removeprefix(WEIGHTS))
+    match = _PATTERN.fullmatch(word)
     if match is None or not _is_known(match):
         rule = (
             f"dense, or one of {', '.join(METHODS)}, optionally with readers: or balanced: before "
-            "it, and @n:m, +heavy=SHARE and +grad_weight=METHOD behind it"
+            "it, and @n:m, +heavy=SHARE and +grad_weight=METHOD behind it, or weights= and one of "
+            f"{', '.join(WEIGHT_METHODS)}"
         )
         fix = "Write for example magnitude, rescaled_magnitude@4:8 or none+grad_weight=mvue."
         raise value_error("parse_method", "text", rule, repr(text), fix)

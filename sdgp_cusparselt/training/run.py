@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdgp_cusparselt.config.choices import BackendName
 from sdgp_cusparselt.layers.convert import convert_
+from sdgp_cusparselt.layers.stepping import step_with
 from sdgp_cusparselt.training.backends_used import backends_used
 from sdgp_cusparselt.training.checkpoint import load_checkpoint, save_checkpoint
 from sdgp_cusparselt.training.data import Dataset, Draw, epoch_order
@@ -24,6 +25,7 @@ from sdgp_cusparselt.training.methods import Method
 from sdgp_cusparselt.training.optimizers import build_optimizer
 from sdgp_cusparselt.training.recipe import Recipe, triangular
 from sdgp_cusparselt.training.tasks import Task
+from sdgp_cusparselt.weights import WeightRecipe, mask_gradients_, sparsify_
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +72,9 @@ class RunSpec:
     def identity(self, dataset: Dataset) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to be this run's, as plain values."""
         # Built-in tasks have no description, and runs of earlier versions no such key.
-        described = {"model": self.model} if self.model else {}
+        described: dict[str, Any] = {"model": self.model} if self.model else {}
+        weights = self.weight_recipe(dataset)
+        described |= {"weights": weights.as_dict()} if weights else {}
         return {
             "task": self.task,
             **described,
@@ -82,6 +86,10 @@ class RunSpec:
             "backend": self.backend,
             "data": dataset.fingerprint,
         }
+
+    def weight_recipe(self, dataset: Dataset) -> WeightRecipe | None:
+        """Return what the weights follow, or None where they are dense."""
+        return self.method.weight_recipe(self.recipe.total_steps(len(dataset.train)))
 
 
 @dataclass
@@ -108,7 +116,8 @@ class Trainer:
     def __init__(self, spec: RunSpec, task: Task, dataset: Dataset) -> None:
         self.spec, self.task, self.dataset = spec, task, dataset
         self.device = torch.device(spec.device)
-        self.total_steps = spec.recipe.total_steps(len(dataset.train))
+        self.steps_per_pass = spec.recipe.total_steps(len(dataset.train))
+        self.total_steps = self.steps_per_pass * spec.method.passes
         self.steps_per_epoch = spec.recipe.steps_per_epoch(len(dataset.train))
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -131,18 +140,30 @@ class Trainer:
         self.skipped: dict[str, str] = {}
         self.pruned: list[str] = []  # those whose grad_input is pruned
         config = spec.method.config(spec.backend)
-        if config is not None:
+        weights = spec.weight_recipe(self.dataset)
+        if weights is not None:
+            report = sparsify_(self.model, weights, config=config)
+            self.converted, self.skipped = list(report.converted), dict(report.skipped)
+        elif config is not None and not spec.method.weights:
             report = convert_(self.model, config, preset=spec.method.preset)
             self.converted, self.skipped = list(report.converted), dict(report.skipped)
             self.pruned = [name for name, own in report.configs.items() if own.prunes]
         self.optimizer = build_optimizer(self.model, spec.recipe)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: triangular(step, self.total_steps, spec.recipe.peak_fraction),
+            lambda step: triangular(
+                self._pass_step(step), self.steps_per_pass, spec.recipe.peak_fraction
+            ),
         )
+        if weights is not None:
+            step_with(self.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=spec.precision == "fp16")
         # Conversion may draw random numbers; what follows must not depend on it.
         torch.manual_seed(spec.seed)
+
+    def _pass_step(self, step: int) -> int:
+        """Return the step within the pass; after the last one its own last step, where lr is 0."""
+        return step if step >= self.total_steps else step % self.steps_per_pass
 
     def _new_interval(self) -> Interval:
         return Interval(torch.zeros((), dtype=torch.float64, device=self.device))
@@ -166,6 +187,7 @@ class Trainer:
         self.flops = flops
         if self.spec.recipe.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
+            mask_gradients_(self.model)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.recipe.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -21,6 +21,7 @@ from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.run import OnStep, Precision, RunSpec, Stopped, Trainer
 from sdgp_cusparselt.training.tasks import Task
 from sdgp_cusparselt.versions import __version__
+from sdgp_cusparselt.weights import sparsify_
 
 #: Told before a run (with its spec and its first and last step) and after each of its steps.
 OnRun = Callable[[RunSpec, int, int], None]
@@ -58,7 +59,10 @@ def check_methods(task: Task, methods: Sequence[Method]) -> None:
         model = task.build_model()
     for method in methods:
         config = method.config()
-        if config is not None:
+        weights = method.weight_recipe(task.recipe.steps or 100)
+        if weights is not None:
+            sparsify_(copy.deepcopy(model), weights, config=config)
+        elif config is not None and not method.weights:
             convert_(copy.deepcopy(model), config, preset=method.preset)
 
 

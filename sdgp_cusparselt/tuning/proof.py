@@ -83,7 +83,8 @@ def trials(gemm: Gemm, *, method: str, transpose: bool, seed: int) -> Iterator[T
     """
     generator = torch.Generator(gemm.device).manual_seed(seed)
     for exact in EXACT_TRIALS:
-        yield (_exact_trial if exact else _normal_trial)(gemm, method, transpose, generator)
+        whole = exact or gemm.dtype.itemsize == 1  # as integers 8-bit operands are exact
+        yield (_exact_trial if whole else _normal_trial)(gemm, method, transpose, generator)
 
 
 def fault(
@@ -130,10 +131,10 @@ def _exact_trial(gemm: Gemm, method: str, transpose: bool, generator: torch.Gene
     """Integers: +-1 and +-2 in two places of every group, -1, 0 and 1 in the dense operand."""
     dtype, device = gemm.dtype, gemm.device
     left = two_of_four(gemm.m, gemm.k, dtype, device, generator)
-    share = share_of_nonzeros(gemm.k, dtype)
+    share = share_of_nonzeros(gemm.k, gemm.out_dtype)
     stored = few_integers(*_stored(gemm), dtype, device, generator, share=share)
     dense = _in_order(gemm, stored)
-    expected = wide_product(left, dense, dtype)
+    expected = wide_product(left, dense, gemm.out_dtype)
     return Trial(_as_given(left, transpose), "none", dense, expected, None)
 
 
@@ -166,7 +167,8 @@ def _as_given(left: Tensor, transpose: bool) -> Tensor:
 
 def _poison(gemm: Gemm) -> None:
     """Fill the memory that the next result is likely to get, so that no old result passes."""
-    torch.full((gemm.m, gemm.n), torch.nan, dtype=gemm.dtype, device=gemm.device)
+    value = torch.nan if gemm.out_dtype.is_floating_point else -(2**31)
+    torch.full((gemm.m, gemm.n), value, dtype=gemm.out_dtype, device=gemm.device)
 
 
 def _bits(x: Tensor) -> Tensor:

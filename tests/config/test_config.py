@@ -1,10 +1,12 @@
 """SDGPConfig validates itself and says what is wrong."""
 
 import dataclasses
+import itertools
 
 import pytest
 
 import sdgp_cusparselt as sdgp
+from sdgp_cusparselt.config.combinations import COMBINATIONS, combination_of
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,58 @@ def test_frozen_hashable_and_replaceable() -> None:
 def test_descriptions(kwargs: dict, prunes: bool, hardware: bool, text: str) -> None:
     config = sdgp.SDGPConfig(**kwargs)
     assert (config.prunes, config.on_hardware, config.describe()) == (prunes, hardware, text)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, words",
+    [
+        ({"forward": "sparse"}, ValueError, "forward must be one of dense, sparse_weight"),
+        ({"grad_input": "both"}, ValueError, "grad_input must be one of grad_output, weight"),
+        (
+            {"forward": "sparse_weight", "grad_input": "weight"},
+            ValueError,
+            "prune must be \"none\" where grad_input has a 2:4 weight, got 'mvue'",
+        ),
+        (
+            {"grad_input": "weight", "prune": "none"},
+            ValueError,
+            'forward must be "sparse_weight" where grad_input has a 2:4 weight',
+        ),
+        ({"weight_n": 5}, ValueError, "weight_n must be in 1..weight_m with weight_m = 4, got 5"),
+        ({"weight_m": "4"}, TypeError, "weight_m must be an int"),
+        ({"weight_beta": 2}, ValueError, "weight_beta must be in 0..1"),
+        ({"weight_beta": True}, TypeError, "weight_beta must be a number"),
+    ],
+)
+def test_bad_combinations(kwargs: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        sdgp.SDGPConfig(**kwargs)
+
+
+def test_the_table_holds_every_combination_that_makes_sense() -> None:
+    found = set()
+    for forward, grad_input, prune, grad_weight in itertools.product(
+        ("dense", "sparse_weight"),
+        ("grad_output", "weight"),
+        ("none", "mvue"),
+        ("dense", "sparse"),
+    ):
+        try:
+            config = sdgp.SDGPConfig(
+                forward=forward, grad_input=grad_input, prune=prune, grad_weight=grad_weight
+            )
+        except ValueError:
+            continue
+        found.add(combination_of(config).name)
+        assert sdgp.SDGPConfig.from_text(config.text) == config
+    assert found == {row.name for row in COMBINATIONS}
+    assert len({row.operands for row in COMBINATIONS}) == len(COMBINATIONS) == len(found)
+
+
+def test_what_masks_the_weight() -> None:
+    weights = sdgp.SDGPConfig(prune="none", forward="sparse_weight")
+    assert weights.masks_weight and not weights.prunes
+    assert not weights.replace(weight_n=4).masks_weight
+    assert not weights.replace(weight_beta=1.0).masks_weight
+    assert weights.replace(grad_input="weight").describe() == "none weight 2:4 both ways"
+    assert weights.replace(weight_beta=0.5).describe() == "none weight 2:4 weight_beta=0.5"

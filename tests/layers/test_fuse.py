@@ -1,5 +1,6 @@
 """fuse_: what it finds, what it leaves alone and why, and that nobody sees the difference."""
 
+import argparse
 import copy
 import io
 import pickle
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.diagnostics import GradientDiagnostics
+from sdgp_cusparselt.integrations import timm
+from sdgp_cusparselt.integrations.driver import Driver
 from sdgp_cusparselt.layers.fused_modules import FusedModule
 from sdgp_cusparselt.planner.models import load
 
@@ -494,6 +497,23 @@ def test_presets(preset: Any) -> None:
     report = sdgp.fuse_(whole)
     assert list(report.fused) == ["0.gate_proj", "0.up_proj"]
     assert ("0.down_proj" in report.skipped) == (preset == "balanced")
+
+
+def test_trainers_fuse_where_they_convert() -> None:
+    model, driver = mlp(), Driver(MAGNITUDE, fuse=True, preset="all")
+    driver.convert(model)
+    driver.convert(model)
+    assert driver.fusion is not None and list(driver.fusion.fused) == ["0"]
+    alone = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="one with a layer to fuse"):
+        Driver(MAGNITUDE, fuse=True).convert(alone)
+    assert type(alone[0]) is nn.Linear
+    parser = argparse.ArgumentParser()
+    timm.add_arguments(parser)
+    for flags, fused in ((["--sdgp", "mvue", "--sdgp-fuse"], True), (["--sdgp", "mvue"], False)):
+        model = mlp()
+        timm.convert_from(parser.parse_args(flags), model)
+        assert isinstance(model, FusedModule) is fused
 
 
 def test_traced_by_fx_the_children_stay_nodes() -> None:

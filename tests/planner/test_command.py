@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from sdgp_cusparselt.commands.parser import main
 from sdgp_cusparselt.planner.models import load
 from sdgp_cusparselt.planner.report import table
+from sdgp_cusparselt.planner.steps_ratios import MEASURED
+from sdgp_cusparselt.training.equal_loss import steps_ratios
 
 TINY = f"{__name__}:tiny"
 
@@ -67,10 +69,111 @@ def test_a_ratio_of_steps_turns_a_faster_step_into_win_or_loss(
     gain = json.loads(plan(capsys, *arguments, "--json", "-"))["gpus"][0]["step_speedup"]
     ratio = round(gain - 0.01 if wins else gain + 0.01, 3)
     text = " ".join(plan(capsys, *arguments, "--steps-ratio", str(ratio)).split())
-    worth = f"{gain / ratio:.3f}x to the same loss: {'a win' if wins else 'a loss'}."
+    word = "a win" if wins else "a loss"
+    worth = f"{gain / ratio:.3f}x to the same loss: {word} of {abs(gain / ratio - 1):.1%}."
     assert f"A100: with R = {ratio:g}, {worth}" in text
     assert main(["plan", *arguments, "--steps-ratio", "0"]) == 2
     assert "--steps-ratio: must be a number above 0, got '0'" in capsys.readouterr().err
+
+
+def block() -> nn.Module:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.up = nn.Linear(64, 4096), nn.Linear(4096, 8192)
+            self.down = nn.Linear(8192, 4096)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(nn.functional.gelu(self.up(self.first(x))))
+
+    return Block()
+
+
+BLOCK = [f"{__name__}:block", "--shape", "2048x64", "--batch", "4", "--gpu", "A100"]
+
+
+@pytest.mark.parametrize("preset", ["readers", "balanced"])
+def test_a_preset_is_worth_its_measured_ratio(
+    capsys: pytest.CaptureFixture[str], preset: str
+) -> None:
+    arguments = ["--model", *BLOCK, "--preset", preset]
+    data = json.loads(plan(capsys, *arguments, "--json", "-"))
+    taken = {(g["fqn"], g["role"]) for g in data["gpus"][0]["gemms"] if g["gains"]}
+    weights = {("up", "grad_weight"), ("down", "grad_weight")}
+    assert taken == {("up", "grad_input"), *(weights if preset == "balanced" else ())}
+    ratio, gain = MEASURED[preset].mean, data["gpus"][0]["step_speedup"]
+    assert data["steps_ratio"] == ratio
+    text = " ".join(plan(capsys, *arguments).split())
+    given = f"with R = {ratio:g} ({preset}: code-lm, 1,000 steps, 3 seeds)"
+    assert f"A100: {given}, {gain / ratio:.3f}x to the same loss: a win of" in text
+    assert "with R = 1.5, " in " ".join(plan(capsys, *arguments, "--r", "1.5").split())
+
+
+def test_ratios_of_presets_are_those_of_the_result_files() -> None:
+    """After a new measurement, write its numbers into planner/steps_ratios.py."""
+    folder = Path(__file__).parents[2] / "docs" / "results"
+    files = ["presets", *(f"dense-{steps}" for steps in (700, 800, 900, 1100))]
+    documents = [json.loads((folder / f"code-lm-{name}.json").read_text()) for name in files]
+    found = {r.label: r for r in steps_ratios(documents) if r.steps == 1000}
+    for ratio in MEASURED.values():
+        measured = found[ratio.label]
+        assert (round(measured.mean, 3), round(measured.std, 3)) == (ratio.mean, ratio.std)
+        assert (len(measured.values), measured.steps) == (ratio.seeds, ratio.steps)
+
+
+def test_fused_packs_are_compared_with_passes_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--model", *BLOCK, "--fuse"]
+    card = json.loads(plan(capsys, *arguments, "--json", "-"))["gpus"][0]
+    assert card["step_speedup"] > card["unfused_speedup"] > 1
+    text = " ".join(plan(capsys, *arguments).split())
+    assert "Fused: 1 of 2 layers, 1 behind gelu: packing adds 1.125 bytes" in text
+    assert "unfused fused" in text
+    assert main(["plan", *arguments, "--heavy", "0.06"]) == 2
+    assert "--fuse and --heavy exclude each other" in capsys.readouterr().err
+
+
+def test_heavy_tokens_cost_time_and_have_no_measured_ratio(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--model", *BLOCK, "--preset", "readers"]
+    plain = json.loads(plan(capsys, *arguments, "--json", "-"))["gpus"][0]["step_speedup"]
+    heavy = plan(capsys, *arguments, "--heavy", "0.06", "--json", "-")
+    assert json.loads(heavy)["gpus"][0]["step_speedup"] < plain
+    text = " ".join(plan(capsys, *arguments, "--heavy", "0.06").split())
+    assert "496 of 8192 tokens take a second row" in text
+    assert "R of a preset with heavy tokens was not measured: give it with --r." in text
+    assert main(["plan", *arguments, "--heavy", "1.5"]) == 2
+    assert "must be a number of at least 0 and at most 1, got '1.5'" in capsys.readouterr().err
+
+
+def test_weights_are_planned_for_steps_and_inference(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", *BLOCK, "--weights"]
+    data = json.loads(plan(capsys, *arguments, "--json", "-"))["weights"]
+    (card,) = data["gpus"]
+    assert card["fastest"] == "double+mvue" and card["decode"] is None
+    assert card["steps"]["double+mvue"] == max(card["steps"].values())
+    saved = data["memory_bytes"]["dense"] - data["memory_bytes"]["packed"]
+    assert saved == 2 * 7 / 16 * 2 * 4096 * 8192
+    text = plan(capsys, *arguments)
+    assert "A100: double+mvue wins" in text and "weights+sdgp+mvue" in text
+
+
+def test_a_language_model_is_planned_for_decoding(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    sizes = {"n_embd": 4096, "n_layer": 1, "n_head": 32, "n_positions": 64, "vocab_size": 512}
+    path.write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    arguments = ["--model", f"transformers:{path}", "--sequence", "64", "--gpu", "A100"]
+    data = json.loads(plan(capsys, *arguments, "--weights", "--json", "-"))["weights"]
+    assert 1.3 < data["gpus"][0]["decode"] < 16 / 9
+
+
+def test_a_preset_that_finds_no_reader_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", TINY, "--shape", "512x64", "--preset", "readers"]) == 2
+    assert "no layer of it is known to read a residual stream" in capsys.readouterr().err
 
 
 def test_excluded_layers_stay_dense(capsys: pytest.CaptureFixture[str]) -> None:
