@@ -24,11 +24,7 @@ from sdgp_cusparselt.training.report import markdown_rows
 from sdgp_cusparselt.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (
-    ROOT / "README.md",
-    ROOT / "docs" / "numerics.md",
-    ROOT / "docs" / "sparse-weights.md",
-)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
 BLOCK = re.compile(
     r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality): ([^>]+) -->\n"
     r"(?:.*?<!-- end of \1 -->\n)?",
