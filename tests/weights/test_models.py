@@ -69,7 +69,7 @@ def masked_dense(model: nn.Module) -> nn.Module:
 
 
 def generated(model: nn.Module, *, draws: bool = True) -> Tensor:
-    """Return a prompt and 8 tokens: drawn, which equal logits alone make equal, or the likeliest."""
+    """Return a prompt and 8 tokens: drawn, so that only equal logits agree, or the likeliest."""
     prompt = BYTES[None, 100:116]
     options = {"max_new_tokens": 8, "do_sample": draws, "pad_token_id": 0}
     torch.manual_seed(3)
