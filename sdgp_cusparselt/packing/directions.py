@@ -23,7 +23,7 @@ MULTIPLE = tl.constexpr(16)
 
 
 @triton.jit
-def _store_values(values, buffer_ptr, row, group0, num_rows, num_groups, GROUPS: tl.constexpr):
+def store_values(values, buffer_ptr, row, group0, num_rows, num_groups, GROUPS: tl.constexpr):
     """Write values [rows, GROUPS], one word a group, into the padded operand."""
     group = group0 + tl.arange(0, GROUPS)
     inside = (row < num_rows)[:, None] & (group // 4 < num_groups // 4)[None, :]
@@ -62,13 +62,13 @@ def write_operands(
         GROUPS: tl.constexpr = BLOCK_K // 4
         groups = padded_cols // 4
         v0, s0 = choose_along_features(x0, y0, w0, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
-        _store_values(v0, features_ptr, row, col0 // 4, padded_rows, groups, GROUPS)
+        store_values(v0, features_ptr, row, col0 // 4, padded_rows, groups, GROUPS)
         v1, s1 = choose_along_features(x1, y1, w1, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
-        _store_values(v1, features_ptr, row + 1, col0 // 4, padded_rows, groups, GROUPS)
+        store_values(v1, features_ptr, row + 1, col0 // 4, padded_rows, groups, GROUPS)
         v2, s2 = choose_along_features(x2, y2, w2, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
-        _store_values(v2, features_ptr, row + 2, col0 // 4, padded_rows, groups, GROUPS)
+        store_values(v2, features_ptr, row + 2, col0 // 4, padded_rows, groups, GROUPS)
         v3, s3 = choose_along_features(x3, y3, w3, FEATURES, N, DTYPE, NATIVE, R, GROUPS)
-        _store_values(v3, features_ptr, row + 3, col0 // 4, padded_rows, groups, GROUPS)
+        store_values(v3, features_ptr, row + 3, col0 // 4, padded_rows, groups, GROUPS)
         store_metadata(
             stack_rows(s0, s1, s2, s3, NATIVE), features_ptr, row0, col0 // 4,
             padded_rows, groups, features_tail, FEATURES == RANDOM, FEATURES_LAYOUT,
@@ -92,7 +92,7 @@ def write_operands(
         )
         values = tl.trans(tl.reshape(tl.join(even, odd), (R, BLOCK_K)))
         col = col0 + tl.arange(0, BLOCK_K)
-        _store_values(values, tokens_ptr, col, row0 // 4, padded_cols, padded_rows // 4, R)
+        store_values(values, tokens_ptr, col, row0 // 4, padded_cols, padded_rows // 4, R)
         c0, c2 = tl.split(tl.reshape(even_selector, (R, BLOCK_K // 4, 2)))
         c1, c3 = tl.split(tl.reshape(odd_selector, (R, BLOCK_K // 4, 2)))
         store_metadata(

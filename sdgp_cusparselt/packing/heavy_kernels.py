@@ -7,6 +7,7 @@ operand equals, bit for bit. See ``heavy`` for what it is about.
 import triton
 import triton.language as tl
 
+from sdgp_cusparselt.packing.directions import store_values
 from sdgp_cusparselt.packing.halves import floats_of, round_halves, sizes_of
 from sdgp_cusparselt.packing.metadata import stack_rows, store_metadata
 from sdgp_cusparselt.packing.quads import block_start, draw_words, load_row, random_bits
@@ -100,14 +101,6 @@ def _load_operand_row(
 
 
 @triton.jit
-def _store_values(values, operand_ptr, row, group0, num_rows, num_groups, GROUPS: tl.constexpr):
-    group = group0 + tl.arange(0, GROUPS)
-    inside = (row < num_rows)[:, None] & (group // 4 < num_groups // 4)[None, :]
-    start = row.to(tl.int64) * num_groups
-    tl.store(operand_ptr + start[:, None] + group[None, :], values, mask=inside)
-
-
-@triton.jit
 def _pack_block(
     x_ptr, operand_ptr, rows_ptr, is_heavy_ptr, row0, col0, num_rows, num_extra, num_octets,
     row_octets, tail, w0, w1, w2, w3, HAS_REST: tl.constexpr, DTYPE: tl.constexpr,
@@ -132,13 +125,13 @@ def _pack_block(
         x_ptr, rows_ptr, is_heavy_ptr, row + 3, pair, num_rows, num_extra, num_octets, row_octets
     )
     v0, s0 = _choose_row(x0, w0, row, h0, num_rows, HAS_REST, DTYPE, NATIVE, R, GROUPS)
-    _store_values(v0, operand_ptr, row, col0 // 4, padded_rows, groups, GROUPS)
+    store_values(v0, operand_ptr, row, col0 // 4, padded_rows, groups, GROUPS)
     v1, s1 = _choose_row(x1, w1, row + 1, h1, num_rows, HAS_REST, DTYPE, NATIVE, R, GROUPS)
-    _store_values(v1, operand_ptr, row + 1, col0 // 4, padded_rows, groups, GROUPS)
+    store_values(v1, operand_ptr, row + 1, col0 // 4, padded_rows, groups, GROUPS)
     v2, s2 = _choose_row(x2, w2, row + 2, h2, num_rows, HAS_REST, DTYPE, NATIVE, R, GROUPS)
-    _store_values(v2, operand_ptr, row + 2, col0 // 4, padded_rows, groups, GROUPS)
+    store_values(v2, operand_ptr, row + 2, col0 // 4, padded_rows, groups, GROUPS)
     v3, s3 = _choose_row(x3, w3, row + 3, h3, num_rows, HAS_REST, DTYPE, NATIVE, R, GROUPS)
-    _store_values(v3, operand_ptr, row + 3, col0 // 4, padded_rows, groups, GROUPS)
+    store_values(v3, operand_ptr, row + 3, col0 // 4, padded_rows, groups, GROUPS)
     store_metadata(
         stack_rows(s0, s1, s2, s3, NATIVE), operand_ptr, row0, col0 // 4, padded_rows, groups,
         tail, False, LAYOUT, BLOCK_M, GROUPS, NATIVE,
