@@ -25,6 +25,10 @@ from sdgp_cusparselt.planner.steps_ratios import MEASURED
 from sdgp_cusparselt.planner.weights import memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_EVERY_LAYER = (
+    "Planned with every layer pruned; convert_ by itself prunes the readers of a transformer that "
+    "it knows: --preset readers."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +229,8 @@ def _print(
     notes = [*report.summary(problem, trace), *report.packing_notes(trace, forecasts, args.heavy)]
     if args.preset and ratio is None:
         notes.append("R of a preset with heavy tokens was not measured: give it with --r.")
+    if not (args.preset or args.shape):
+        notes.append(_EVERY_LAYER)
     for line in notes if before else (report.COLUMNS_NOTE, *notes):
         output.prose(line)
     output.print()
