@@ -1,14 +1,15 @@
 """What packing costs by its machine code: counted and modelled, on no GPU. Nothing is measured.
 
-python -m bench.pack_budget            every variant that is launched, about ten minutes
-python -m bench.pack_budget --quick    the common ones: about one
+python -m bench.pack_budget            every variant that is launched, about half an hour
+python -m bench.pack_budget --quick    the common ones: about two
 python -m bench.pack_budget --json     the same, for programs
 
 Each variant is compiled by Triton's own ptxas for sm_80 to sm_120, with the block that a launch
 would choose for a large gradient, and disassembled. Printed are instructions per element of x, by
 pipe, registers, resident warps, accesses, half-filled sectors, and the modelled time in clones of
-the tensor (``bench.pack_model`` says what that assumes). A variant outside its budget makes the
-exit status 1; tests/packing holds the same budgets.
+the tensor (``bench.pack_model`` says what that assumes), for kernels that make their gradient in
+times of its bytes (``bench.pack_produced``). A variant outside its budget makes the exit status 1;
+tests/packing holds the same budgets.
 """
 
 from __future__ import annotations

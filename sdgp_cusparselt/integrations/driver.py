@@ -123,7 +123,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
     records = [layer.sdgp_record for layer in layers]
     calls = [item for record in records for item in list(record.calls.items())]
     total = sum(count for _, count in calls)
-    sparse = sum(count for (_, way), count in calls if way == "cusparselt")
+    sparse = sum(count for (_, way), count in calls if way == "sparse")
     sampled = [record.samples.gradient_error("grad_input") for record in records]
     errors = [error["relative_l2"] for error in sampled if error]
     found = {

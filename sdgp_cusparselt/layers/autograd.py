@@ -109,7 +109,7 @@ class _Linear(Function):
         config: Any,
         record: Any,
     ) -> Tensor:
-        return F.linear(input, weight, bias)
+        return owned(F.linear(input, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -301,6 +301,14 @@ def gradient_means(ctx: Any, grad_output: Tensor) -> tuple[Any, Any, Any]:
     if isinstance(ctx.config, str):  # compiled forward
         return ops, ctx.config, ctx.record
     return ops, ctx.config.text, ctx.record.token
+
+
+def owned(output: Tensor) -> Tensor:
+    """Return what a function made as no view: those cannot be changed in place, as ReLU may."""
+    is_view = output.ndim != 2 if torch.compiler.is_compiling() else output._is_view()
+    if is_view and type(output) is Tensor:
+        output = torch.ops.aten._unsafe_view(output, output.shape)
+    return output
 
 
 def _dim_of_input(in_dims: tuple[int | None, ...]) -> int:

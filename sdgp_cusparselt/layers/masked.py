@@ -24,7 +24,7 @@ from sdgp_cusparselt.backends.masking import masked
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import NotSupportedError
 from sdgp_cusparselt.layers import casting, shards
-from sdgp_cusparselt.layers.autograd import gradient_means, token_matrix
+from sdgp_cusparselt.layers.autograd import gradient_means, owned, token_matrix
 from sdgp_cusparselt.layers.plain import ORDINARY, reason_against_weight
 from sdgp_cusparselt.layers.refusals import once
 from sdgp_cusparselt.products import backward as products
@@ -124,8 +124,7 @@ class _MaskedLinear(Function):
         record: Any,
     ) -> Tensor:
         calls = weight_ops if isinstance(config, str) else of_weights
-        output: Tensor = calls.linear_output(input, weight, bias, mask, keeps, config, record)
-        return output
+        return owned(calls.linear_output(input, weight, bias, mask, keeps, config, record))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,7 +6,7 @@ value, beside a rounding's 2**-8 of bfloat16 and 2**-11 of float16; those of the
 and reciprocal, 2**-22 and 2**-23, are in them:
 
 - gelu: 2**-15.7 of act' (2**-20 absolute where act' is below 0.05), 2**-14 of act.
-- gelu_tanh, silu: 2**-18 of both (2**-20 absolute where act' is below 0.25).
+- gelu_tanh, silu: 2**-17 of both (2**-19 absolute where act' is below 0.25).
 - relu, relu_squared: exact before the one rounding.
 - cross_entropy: 2**-22 max(|logit|, |lse|, 1) of the probability.
 """

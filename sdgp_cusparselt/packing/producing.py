@@ -192,7 +192,7 @@ def cross_entropy_rows(
     column = torch.where(kept & (column >= 0) & (column < columns), column, -2)
     odd = column & 1
     hit = row_scale * (label_smoothing - 1)
-    columns = (
+    floats = (
         lse * -math.log2(math.e),
         row_scale * (1 + 2 * z_loss * lse),
         row_scale * (-label_smoothing / (vocabulary or columns)),
@@ -200,8 +200,8 @@ def cross_entropy_rows(
         hit * odd,
         column >> 1,
     )
-    stacked = torch.stack([column.float() for column in columns], 1)
-    table[: len(lse), : len(columns)] = torch.where(kept[:, None], stacked, 0.0)
+    stacked = torch.stack([one.float() for one in floats], 1)
+    table[: len(lse), : len(floats)] = torch.where(kept[:, None], stacked, 0.0)
     return table
 
 

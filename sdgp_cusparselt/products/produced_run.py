@@ -157,7 +157,12 @@ def _key(producer: Producer, layers: tuple[FusedLinear, ...]) -> Key:
     found: list[object] = [kind_of(producer)]
     if isinstance(producer, ActivationBackward):
         found.append(producer.scale)
-        tensors = (producer.upstream, producer.pre, producer.up, producer.mask)
+        tensors: tuple[Tensor | None, ...] = (
+            producer.upstream,
+            producer.pre,
+            producer.up,
+            producer.mask,
+        )
     else:
         found.append(producer.label_smoothing > 0)
         tensors = (producer.logits, None, None, None)

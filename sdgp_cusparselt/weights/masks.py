@@ -124,8 +124,8 @@ def transposable_mask(
     shape = tuple(scores.shape)
     if rows == cols or scores.shape[rows] % SIDE or scores.shape[cols] % SIDE:
         rule = f"multiples of {SIDE} in two different dimensions"
-        got = f"{shape} with rows={rows}, cols={cols}"
-        raise value_error("transposable_mask", "scores", rule, got, "Leave such layers dense.")
+        sizes = f"{shape} with rows={rows}, cols={cols}"
+        raise value_error("transposable_mask", "scores", rule, sizes, "Leave such layers dense.")
     last = scores.detach().movedim((rows, cols), (-2, -1))
     if not scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)

@@ -56,7 +56,7 @@ class RecipeState(ScheduleState):
 
     def __setstate__(self, state: Any) -> None:
         """Take part in optimizer steps as a copy or what was unpickled, too."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         gradients.watch(self)
 
     @property

@@ -38,7 +38,7 @@ def best_in_torch(scores: Tensor) -> Tensor:
     batch, m, k = scores.shape
     wide = scores if scores.dtype == torch.float64 else scores.float()
     blocks = wide.reshape(batch, m // SIDE, SIDE, k // SIDE, SIDE).transpose(2, 3)
-    found = [_best(part) for part in blocks.reshape(-1, SIDE, SIDE).split(_CHUNK)]
+    found = [_best(part) for part in torch.split(blocks.reshape(-1, SIDE, SIDE), _CHUNK)]
     masks = torch.cat(found).view(batch, m // SIDE, k // SIDE, SIDE, SIDE)
     return masks.transpose(2, 3).reshape(batch, m, k)
 

@@ -37,9 +37,10 @@ class InputNorms:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
+        given: object = model
+        if not isinstance(given, nn.Module):
             fix = "Pass the model itself."
-            raise type_error("InputNorms", "model", "an nn.Module", type(model).__name__, fix)
+            raise type_error("InputNorms", "model", "an nn.Module", type(given).__name__, fix)
         self._layers = {
             name: module
             for name, module in unwrapped(model).named_modules()
@@ -96,14 +97,14 @@ class InputNorms:
 
     def _score(self, name: str) -> Tensor:
         layer: Any = self._layers[name]
-        shape = [1] * layer.weight.ndim
+        size: Tensor = layer.weight.detach().abs().float()
+        shape = [1] * size.ndim
         shape[groups_along(layer)[0]] = -1
         norm, groups = self.norm(name), getattr(layer, "groups", 1)
         if groups > 1:  # the weight's rows of each group see that group's channels
             norm = norm.view(groups, 1, -1, 1, 1)
-            rows = layer.weight.detach().abs().float().unflatten(0, (groups, -1))
-            return (rows * norm).flatten(0, 1)
-        return layer.weight.detach().abs().float() * norm.view(shape)
+            return (size.view(groups, -1, *size.shape[1:]) * norm).flatten(0, 1)
+        return size * norm.view(shape)
 
     def _hook(self, name: str, layer: nn.Module) -> Any:
         channels = 1 if isinstance(layer, nn.Conv2d) else -1

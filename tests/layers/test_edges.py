@@ -1,6 +1,7 @@
 """Operands, devices and tracers at the edge of what a layer meets."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import sdgp_cusparselt as sdgp
 from sdgp_cusparselt import functional as SF
 
 CONFIG = sdgp.SDGPConfig(prune="magnitude")
+MASKED = sdgp.SDGPConfig(prune="none", forward="sparse_weight")
 BOTH = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
 
 
@@ -26,6 +28,27 @@ def converted(layer: nn.Module, config: sdgp.SDGPConfig = CONFIG) -> nn.Module:
     twin = copy.deepcopy(layer)
     sdgp.convert_(twin, config, filter_fn=everything)
     return twin
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("shape", [(16,), (6, 16), (2, 3, 16), (2, 1, 3, 16)], ids=str)
+@pytest.mark.parametrize("config", [CONFIG, MASKED], ids=["gradient", "weight"])
+def test_an_output_may_be_changed_in_place(
+    config: sdgp.SDGPConfig, shape: tuple[int, ...], compiled: bool
+) -> None:
+    """As an activation with inplace=True does."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 16)).double()
+    twin = copy.deepcopy(model)
+    twin[1].inplace = False
+    grads = []
+    for one in (model, twin):
+        sdgp.convert_(one, config, filter_fn=everything)
+        run = torch.compile(one, backend="aot_eager") if compiled and one is model else one
+        x = torch.arange(math.prod(shape), dtype=torch.float64).cos().view(shape)
+        run(x.requires_grad_()).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in one.parameters())])
+    for ours, apart in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, apart)
 
 
 @contextmanager

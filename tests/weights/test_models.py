@@ -50,7 +50,7 @@ def trained(build: type) -> nn.Module:
     model = build()
     sdgp.convert_(model, sdgp.SDGPConfig(prune="none", forward="sparse_weight", backend="dense"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(20):
+    for step in range(8):
         ids = batch(step)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -68,9 +68,11 @@ def masked_dense(model: nn.Module) -> nn.Module:
     return twin
 
 
-def generated(model: nn.Module) -> Tensor:
+def generated(model: nn.Module, *, draws: bool = True) -> Tensor:
+    """Return a prompt and 8 tokens: drawn, which equal logits alone make equal, or the likeliest."""
     prompt = BYTES[None, 100:116]
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 8, "do_sample": draws, "pad_token_id": 0}
+    torch.manual_seed(3)
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
@@ -79,7 +81,8 @@ def test_exported_models_generate_the_same_tokens(build: type, tmp_path: Path) -
     model = trained(build)
     dense = masked_dense(model)
     expected = generated(dense)
-    assert len(set(expected[0, 16:].tolist())) > 2
+    assert len(set(expected[0, 16:].tolist())) > 2  # drawn from 128
+    likeliest = generated(dense, draws=False)
     report = sdgp.export_(model)
     assert len(report.exported) == sum(isinstance(m, PackedLinear) for m in model.modules())
     assert report.packed_nbytes == report.dense_nbytes * 9 / 16
@@ -90,7 +93,7 @@ def test_exported_models_generate_the_same_tokens(build: type, tmp_path: Path) -
     sdgp.load_exported_(fresh, tmp_path / "model.safetensors")
     assert torch.equal(generated(fresh), expected)
     fresh.forward = torch.compile(fresh.forward, backend="aot_eager", dynamic=True)
-    assert torch.equal(generated(fresh), expected)
+    assert torch.equal(generated(fresh, draws=False), likeliest)
 
 
 @pytest.mark.parametrize("dtype", ["same", "int8", "fp8"])
