@@ -233,7 +233,7 @@ def with_row(page: str, verdict: Verdict) -> str:
     rows = {row_name(row): row for row in table.splitlines() if row.startswith("| `.")}
     rows[row_name(new)] = new
     order = ["." if extra == PLAIN else f".[{extra}]" for extra in extras()]
-    lines = [HEAD, *(rows[name] for name in order if name in rows)]
+    lines = [HEAD, *(rows.get(name, f"| `{name}` | | not run yet | | |") for name in order)]
     return "\n".join([head + begin, "", *lines, "", end + tail])
 
 

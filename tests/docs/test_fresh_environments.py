@@ -56,12 +56,13 @@ def test_rows_are_renewed_in_the_order_of_the_extras(fresh: ModuleType) -> None:
         page = fresh.with_row(page, verdict)
     rows = re.findall(r"^\| `(\S+)` \| (\d+) \|", page, re.MULTILINE)
     assert rows == [(".", "5"), (".[train]", "9")]
+    assert page.count("not run yet") == len(fresh.extras()) - 2
     assert page.startswith("before\n\n") and page.endswith("\nafter\n")
     with pytest.raises(ValueError, match="page must hold"):
         fresh.with_row("no markers", verdict)
 
 
-def test_the_page_has_a_verdict_on_every_extra(fresh: ModuleType) -> None:
+def test_the_page_has_a_row_for_every_extra(fresh: ModuleType) -> None:
     table = PAGE.read_text(encoding="utf-8").partition(fresh.BEGIN)[2].partition(fresh.END)[0]
     said = re.findall(r"^\| `\.(?:\[(\w+)\])?` \|", table, re.MULTILINE)
     assert [extra or "plain" for extra in said] == fresh.extras()
