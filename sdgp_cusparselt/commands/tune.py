@@ -29,7 +29,7 @@ from sdgp_cusparselt.planner.models import PRESETS, load
 from sdgp_cusparselt.products import routes
 from sdgp_cusparselt.tuning import Decision, default_cache, tune
 from sdgp_cusparselt.tuning.child import cusparselt_executor
-from sdgp_cusparselt.tuning.decision import MATMUL, Key, describe_candidate
+from sdgp_cusparselt.tuning.decision import MATMUL, RIVALS, Key, describe_candidate
 from sdgp_cusparselt.tuning.search import FULL
 from sdgp_cusparselt.tuning.shapes import read_shapes
 from sdgp_cusparselt.tuning.watchdog import Watchdog
@@ -124,9 +124,8 @@ def _cannot(why: str) -> int:
 def _products(args: argparse.Namespace, device: torch.device) -> tuple[list[Key], dict[str, int]]:
     """Return what to tune, and what not with the reason."""
     keys = read_shapes(args.shapes, device) if args.shapes else []
-    rivals = [key for key in keys if key.rival != MATMUL.name]
-    skipped = {FOLDED: len(rivals)}
-    keys = [key for key in keys if key.rival == MATMUL.name]
+    skipped = {FOLDED: sum(key.rival not in RIVALS for key in keys)}
+    keys = [key for key in keys if key.rival in RIVALS]
     if args.model:
         keys, skipped = _of_model(args, device)
     keys = list(dict.fromkeys(key.measured for key in keys))
@@ -200,6 +199,7 @@ def _tune(
                 cache=default_cache(),
                 method=key.method,
                 transpose=key.transpose,
+                rival=RIVALS[key.rival],
                 limits=replace(FULL, progress=show),
                 force=force,
                 searcher=searcher,

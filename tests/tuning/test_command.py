@@ -201,6 +201,29 @@ def test_recorded_in_one_run_tuned_and_read_in_the_next(emulator: Emulator, tmp_
         assert 0 < entry["gradient_error"]["relative_l2"] < 1
 
 
+def test_products_of_a_pruned_weight_are_tuned_ahead(emulator: Emulator, tmp_path: Path) -> None:
+    config = sdgp.SDGPConfig(
+        prune="none", forward="sparse_weight", grad_input="weight", tune="ahead"
+    )
+
+    def step(**kwargs: object) -> nn.Module:
+        model = nn.Sequential(nn.Linear(32, 64)).bfloat16()
+        sdgp.convert_(model, config.replace(**kwargs))
+        input = torch.randn(24, 32, dtype=torch.bfloat16, requires_grad=True)
+        model(input).float().square().sum().backward()
+        return model
+
+    with sdgp.record_shapes() as shapes, pytest.warns(sdgp.SDGPFallbackWarning):
+        step()
+    path = tmp_path / "shapes.json"
+    shapes.write(path)
+    assert {entry["rival"] for entry in json.loads(path.read_text())} == {"linear"}
+    assert main([*TUNE, "--shapes", str(path)]) == 0
+    store.default_cache().forget()
+    calls = step(backend="cusparselt")[0].sdgp_record.calls
+    assert calls["output", "sparse"] == 1 and calls["grad_input", "sparse"] == 1
+
+
 def test_products_with_another_rival_are_left_out(
     emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
