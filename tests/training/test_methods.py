@@ -68,7 +68,9 @@ def test_every_row_of_table1_prunes_the_same_layers(task: object) -> None:
     converted = set()
     for row in TABLE1[1:]:
         model = task.build_model()  # type: ignore[attr-defined]
-        converted.add(tuple(convert_(model, parse_method(row).config()).converted))
+        method = parse_method(row)
+        report = convert_(model, method.config(), preset=method.preset)
+        converted.add(tuple(report.converted))
     (layers,) = converted
     kinds = (nn.Linear, nn.Conv2d)
     everything = [fqn for fqn, module in model.named_modules() if isinstance(module, kinds)]
