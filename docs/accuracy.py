@@ -65,7 +65,10 @@ def with_tables(text: str) -> str:
 
 
 def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
-    """Return a row per method and a column per result file, losses kept."""
+    """Return a row per method and a column per result file, losses kept.
+
+    In square brackets stands how many runs a method has, where others have more.
+    """
     titles = ["method", *(_title(document, cell) for document in documents)]
     lines = [titles, ["---", *["---:"] * len(documents)]]
     labels: dict[str, str] = {}
@@ -75,10 +78,13 @@ def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
     # A fourth decimal says nothing beside these spreads, and makes the table too wide for a page.
     digits = [min(3, TASKS[document["task"]].metric.digits) for document in documents]
     for method, label in labels.items():
-        cells = [
-            cell(column[method], places) if method in column else ""
-            for column, places in zip(columns, digits, strict=True)
-        ]
+        cells = []
+        for column, places in zip(columns, digits, strict=True):
+            row = column.get(method)
+            runs = 0 if row is None else len(row["values"])
+            most = max(len(other["values"]) for other in column.values())
+            number = f" [{runs}]" if runs < most else ""
+            cells.append(cell(row, places) + number if row is not None and runs else "")
         lines.append([label, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -93,7 +99,9 @@ def metric_cell(row: dict[str, Any], digits: int) -> str:
     """Return mean ± std and the difference to dense, or how many runs ended in no number."""
     if row["num_not_finite"]:
         return f"{row['num_not_finite']} of {len(row['values'])} not finite"
-    spread = f"{row['mean']:.{digits}f} ± {row['std']:.{digits}f}"
+    spread = f"{row['mean']:.{digits}f}"
+    if row["std"] is not None:
+        spread += f" ± {row['std']:.{digits}f}"
     if row["method"] == "dense":
         return spread
     return f"{spread} ({row['difference_mean']:+.{digits}f})"

@@ -117,7 +117,7 @@ def test_the_trained_methods_fit_and_their_products_are_the_tuned_ones() -> None
     needed = set()
     for method in methods[1:]:
         config = method.config()
-        for name in sdgp.convert_(model, config).converted:
+        for name in sdgp.convert_(model, config, preset=method.preset).converted:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
             n, k = layer.in_features, layer.out_features

@@ -27,7 +27,8 @@ COMPILE = """
 import json
 import torch
 from bench import sass
-from bench.pack_budget import TARGETS, compile_kernel
+from bench.pack_budget import TARGETS
+from bench.pack_count import compile_kernel
 from sdgp_cusparselt.packing import heavy_pack, layout, variants
 from sdgp_cusparselt.packing.tables import layout_table
 

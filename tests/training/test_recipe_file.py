@@ -60,7 +60,7 @@ def test_a_shipped_recipe_builds_its_model(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = task.build_model()
     assert sum(p.numel() for p in model.parameters()) == NUM_PARAMETERS[name]
-    report = convert_(model, parse_method("magnitude").config())
+    report = convert_(model, parse_method("magnitude").config(), preset="all")
     kinds = (nn.Linear, nn.Conv2d)
     layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, kinds)}
     stems = {fqn for fqn, layer in layers.items() if getattr(layer, "in_channels", 0) == 3}
