@@ -48,7 +48,7 @@ demo: $(DEMO)
 	  --methods dense,magnitude,mvue --out runs/demo/code-lm --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not abi and not slow and not foreign"
+	$(BIN)/python -m pytest -q -n 3 -m "not gpu and not abi and not slow and not foreign"
 
 # The suite again, on four machines that this one can pose as, with one thread and with four.
 test-portable: $(STAMP)

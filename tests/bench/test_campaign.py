@@ -72,6 +72,7 @@ def test_the_command_line_takes_it(words: tuple[str, ...]) -> None:
     assert args.command == words[0]
 
 
+@pytest.mark.slow  # collects the benchmarks once a call
 @pytest.mark.parametrize("words", OF_BENCH, ids=named)
 def test_it_selects_benchmarks_of_every_part_for_a_gpu(words: tuple[str, ...]) -> None:
     args = parser.build_parser("bench").parse_args(words)
@@ -88,6 +89,7 @@ def test_it_selects_benchmarks_of_every_part_for_a_gpu(words: tuple[str, ...]) -
     assert "cpu-" not in done.stdout
 
 
+@pytest.mark.slow  # collects the whole suite three times
 def test_the_gpu_tests_are_all_there_in_two_calls() -> None:
     def collected(*arguments: str) -> set[str]:
         done = run_python("-m", "pytest", "--collect-only", *arguments)

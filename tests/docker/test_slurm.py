@@ -87,6 +87,7 @@ def test_a_training_job_meets_from_two_nodes(cluster: dict[str, str], tmp_path: 
     assert (tmp_path / ".cache" / "sdgp-cluster").is_dir()
 
 
+@pytest.mark.slow
 def test_every_node_knows_its_rank_and_the_size_of_the_world(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_every_node_knows_its_rank_and_the_size_of_the_world(
     assert [rank for rank, _ in nodes] == ["0", "1"] and {node for _, node in nodes} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_fails_the_job(cluster: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text("import os, sys\nsys.exit(os.environ['RANK'] == '1')\n")

@@ -24,7 +24,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     shown = nbformat.read(NOTEBOOK, as_version=4)
     ran = nbformat.read(NOTEBOOK, as_version=4)
     kernel = {"resources": {"metadata": {"path": str(tmp_path)}}, "kernel_name": "python3"}
-    NotebookClient(ran, timeout=240, **kernel).execute()
+    NotebookClient(ran, timeout=240, startup_timeout=240, **kernel).execute()
     for before, after in zip(shown.cells, ran.cells, strict=True):
         kinds = [output.get("name") for output in after.get("outputs", ())]
         assert kinds == [output.get("name") for output in before.get("outputs", ())]

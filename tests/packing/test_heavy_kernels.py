@@ -183,6 +183,7 @@ def test_the_rests_are_added(columns: int, dtype: torch.dtype) -> None:
     assert same_bits(product[:17], truth[:17])
 
 
+@pytest.mark.slow
 def test_every_target_compiles(tmp_path: Path) -> None:
     environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'bindings'}")
     environment.pop("TRITON_INTERPRET", None)
