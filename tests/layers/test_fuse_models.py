@@ -31,7 +31,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "Nemotron": (GROUPED, ["mlp.up_proj"], "relu_squared"),
 }
 HEADS = {"Bert": hf.AutoModelForSequenceClassification, "ViT": hf.AutoModelForImageClassification}
-NAMES = pytest.mark.parametrize("name", FAMILIES)
+#: The others are of Llama's shape, and slow to import.
+FIRST = ("GPT2", "Bert", "ViT", "Llama", "Nemotron")
+NAMES = pytest.mark.parametrize(
+    "name",
+    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 
 
 def model_of(name: str) -> nn.Module:
