@@ -39,7 +39,7 @@ lint: $(STAMP)
 	  docker/slurm.sbatch docker/train.sbatch
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
-# Real training on data inside packages, dense beside pruned; under three minutes on two cores, after
+# Real training on data inside packages, dense beside pruned; a few minutes on two cores, after
 # an installation of what it needs and no more.
 demo: $(DEMO)
 	$(BIN)/python -m sdgp_cusparselt train digits --seeds 3 --epochs 5 \
