@@ -19,7 +19,6 @@ from sdgp_cusparselt.packing.variants import PackVariant, ProducedVariant, Produ
 
 #: Of the time that the bytes take.
 LIMIT = 1.05
-EDGES_LIMIT = 1.06
 LIMITED = ("A100-80", "H100")
 
 
@@ -34,7 +33,6 @@ class ProducedCase:
         layout: of the metadata.
         target: compute capability.
         dtype: of the gradient.
-        edges: see ``variants.ProducedVariant``.
     """
 
     producer: str
@@ -47,13 +45,12 @@ class ProducedCase:
     sums: bool = False
     layout: str = "blocked"
     dtype: str = "bfloat16"
-    edges: bool = False
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         words = [self.producer]
-        words += [word for word in ("gated", "masked", "edges") if getattr(self, word)]
+        words += [word for word in ("gated", "masked") if getattr(self, word)]
         words += ["->"]
         if self.features and self.tokens:
             words += ["both", self.features]
@@ -96,7 +93,6 @@ def produced_cases(quick: bool) -> Iterator[ProducedCase]:
         yield ProducedCase("silu", "mvue", "mvue", target, gated=True, sums=True)
         yield ProducedCase("silu", "mvue", "mvue", target, gated=True, dtype="float16")
         yield ProducedCase("cross_entropy", "mvue", "mvue", target, dtype="float16")
-        yield ProducedCase("cross_entropy", "mvue", "mvue", target, edges=True)
 
 
 def produced_pass(case: ProducedCase) -> Pass:
@@ -107,7 +103,7 @@ def produced_pass(case: ProducedCase) -> Pass:
     tile = variants.choose_tile(ROWS, COLS, features, tokens)
     kind = ProducerKind(case.producer, case.gated, case.masked)
     pack = PackVariant(dtype, features, tokens, tile, column_sums=case.sums)
-    variant = ProducedVariant(kind, case.dense, pack, case.edges)
+    variant = ProducedVariant(kind, case.dense, pack)
     gradients = 2 if case.gated else 1
     # Upstream and one saved tensor for each gradient; the logits alone; a byte of the mask.
     read = 2.0 if case.producer == "cross_entropy" else 2.0 + 2 * gradients + case.masked
@@ -153,21 +149,12 @@ def produced_report(case: ProducedCase) -> dict[str, Any]:
     return answer
 
 
-def limit_of(case: ProducedCase) -> float:
-    """Return what a case is held to: more where columns beyond a row are cleared one by one.
-
-    That is asked for smoothed labels over a vocabulary that is no multiple of a block: a gradient
-    of 4.25 bytes an element that takes a few more instructions than both packs leave.
-    """
-    return EDGES_LIMIT if case.edges else LIMIT
-
-
 def over_budget(case: ProducedCase, answer: dict[str, Any]) -> list[str]:
     """Return what a case exceeds: the time of its bytes, stack, narrow accesses."""
     over = [
-        f"{card}: {ratio:.3f} of the time of its bytes, budget {limit_of(case)}"
+        f"{card}: {ratio:.3f} of the time of its bytes, budget {LIMIT}"
         for card, ratio in answer["modelled_floors"].items()
-        if card in LIMITED and ratio > limit_of(case)
+        if card in LIMITED and ratio > LIMIT
     ]
     if answer["stack"]:
         over.append(f"{answer['stack']} bytes of stack")

@@ -59,25 +59,21 @@ def _activation_row(
 
 @triton.jit
 def _cross_entropy_row(
-    logits_ptr, rows_ptr, row, pair, num_octets, row_octets, EDGES: tl.constexpr,
-    DTYPE: tl.constexpr, NATIVE: tl.constexpr,
+    logits_ptr, rows_ptr, row, pair, num_octets, row_octets, DTYPE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Rows of words of the gradient of logits; rows_ptr: see ``producing.cross_entropy_rows``."""
     place = rows_ptr + row * ROW_FLOATS
     shift, weight, base = tl.load(place), tl.load(place + 1), tl.load(place + 2)
     low_hit, high_hit, hit_pair = tl.load(place + 3), tl.load(place + 4), tl.load(place + 5)
     # A row without weight is not read: whatever is in it, its gradient is zero. Nor is what lies
-    # outside: 2**-inf is 0.
+    # outside: 2**-inf is 0, and where base is not, no block reaches beyond a row.
     MINUS_INF: tl.constexpr = -0x7F0080 if tl.bfloat16 == DTYPE else -0x3FF0400
     inside = (weight != 0.0)[:, None] & (pair // 4 < num_octets)[None, :]
     start = row.to(tl.int64) * (row_octets * 4)
     x = tl.load(logits_ptr + start[:, None] + pair[None, :], mask=inside, other=MINUS_INF)
-    every = base[:, None]
-    if EDGES:
-        # A product, because the pipe of selections is the busy one.
-        every = every * tl.where(pair // 4 < num_octets, 1.0, 0.0)[None, :]
     return cross_entropy_words(
-        x, pair.to(tl.float32)[None, :], shift[:, None], weight[:, None], every,
+        x, pair.to(tl.float32)[None, :], shift[:, None], weight[:, None], base[:, None],
         low_hit[:, None], high_hit[:, None], hit_pair[:, None], DTYPE, NATIVE,
     )  # fmt: skip
 
@@ -135,7 +131,6 @@ def produced_kernel(
     PRODUCER: tl.constexpr,
     GATED: tl.constexpr,
     MASKED: tl.constexpr,
-    EDGES: tl.constexpr,
     DENSE: tl.constexpr,
     FEATURES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -161,7 +156,6 @@ def produced_kernel(
         features_ptr, tokens_ptr, sums_ptr, seeds_ptr: see ``kernels.pack_kernel``.
         second_*_ptr: the same of the gradient of up.
         scale_bits: float32 as bits, what dropout multiplies the kept by.
-        EDGES: whether a block may reach beyond a row whose logits all have something added.
         FEATURES, TOKENS: the method of each direction, none of which is rescaled, or 0.
     """
     row0, col0 = block_start(BLOCK_M, BLOCK_K)
@@ -169,16 +163,16 @@ def produced_kernel(
     pair = col0 // 2 + tl.arange(0, BLOCK_K // 2)
     if PRODUCER == CROSS_ENTROPY:
         x0 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row, pair, num_octets, pre_octets, DTYPE, NATIVE,
         )  # fmt: skip
         x1 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row + 1, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row + 1, pair, num_octets, pre_octets, DTYPE, NATIVE,
         )  # fmt: skip
         x2 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row + 2, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row + 2, pair, num_octets, pre_octets, DTYPE, NATIVE,
         )  # fmt: skip
         x3 = _cross_entropy_row(
-            pre_ptr, rows_ptr, row + 3, pair, num_octets, pre_octets, EDGES, DTYPE, NATIVE,
+            pre_ptr, rows_ptr, row + 3, pair, num_octets, pre_octets, DTYPE, NATIVE,
         )  # fmt: skip
         y0, y1, y2, y3 = x0, x1, x2, x3
     else:

@@ -17,6 +17,7 @@ from sdgp_cusparselt.packing.launch import OCTET, blocks_of, operand_nbytes, tar
 from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.starting import interpreted, prepare_kernel
 from sdgp_cusparselt.packing.variants import (
+    MAX_BLOCK,
     NO_RATIO,
     PackVariant,
     ProducedVariant,
@@ -25,6 +26,9 @@ from sdgp_cusparselt.packing.variants import (
 
 # float32 of a row of ``cross_entropy_rows``; the kernel's ROW_FLOATS.
 _ROW_FLOATS = 8
+#: Columns that end with every block: smoothed labels add something to all of a row, and to what a
+#: block that reaches beyond it would write there.
+WHOLE_BLOCKS = MAX_BLOCK
 # What the second gradient of a gated producer adds to the offset; the kernel's SECOND_OFFSET.
 SECOND_OFFSET = 4
 
@@ -103,14 +107,15 @@ def prepare_produced(
         features, tokens, features_layout, tokens_layout, n, column_sums, seeds_in_memory: see
             ``launch.prepare_pack``; no method is rescaled_magnitude, which reads twice.
         scale: what dropout multiplies the kept by, if masked.
-        smooths: whether labels are smoothed, for cross_entropy.
+        smooths: whether labels are smoothed, for cross_entropy: no block reaches beyond K then, as
+            where K is a multiple of WHOLE_BLOCKS.
 
     Returns:
         PreparedProduced: the same object for the same arguments, up to 1024 of them.
 
     Raises:
-        ValueError: a width or stride that is not whole octets, a method that cannot be fused, or a
-            layout that does not fit.
+        ValueError: a width or stride that is not whole octets, smoothed labels over blocks that
+            reach beyond a row, a method that cannot be fused, or a layout that does not fit.
         ModuleNotFoundError: where Triton cannot be imported.
     """
     num_rows, num_cols = shape
@@ -135,7 +140,9 @@ def prepare_produced(
         column_sums,
         seeds_in_memory,
     )
-    edges = kind.name == "cross_entropy" and smooths and grid[0] * tile.block_k != num_cols
+    if smooths and grid[0] * tile.block_k != num_cols:
+        rule = f"a multiple of {WHOLE_BLOCKS} where labels are smoothed"
+        raise value_error("prepare_produced", "width", rule, num_cols, "Leave it unfused.")
     start = prepare_kernel(
         "produced_kernel",
         device,
@@ -147,7 +154,7 @@ def prepare_produced(
             *blocks.tails,
             _bits(scale),
         ),
-        ProducedVariant(kind, dense, pack, edges).constants(native=not interpreted()),
+        ProducedVariant(kind, dense, pack).constants(native=not interpreted()),
         tile.num_warps,
     )
     return PreparedProduced(

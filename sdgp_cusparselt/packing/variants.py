@@ -118,13 +118,11 @@ class ProducedVariant:
         kind: what the gradient is made of.
         dense: whether it is written as it is.
         pack: how it is packed and summed, of any method but rescaled_magnitude.
-        edges: whether what lies beyond a row has to be cleared, for cross_entropy.
     """
 
     kind: ProducerKind
     dense: bool
     pack: PackVariant
-    edges: bool = False
 
     def constants(self, native: bool) -> dict[str, Any]:
         """Return the kernel's constants by name; native as in ``halves``."""
@@ -132,7 +130,6 @@ class ProducedVariant:
             "PRODUCER": PRODUCER_CODES[self.kind.name],
             "GATED": self.kind.gated,
             "MASKED": self.kind.masked,
-            "EDGES": self.edges,
             "DENSE": self.dense,
         }
         packed = self.pack.constants(native)

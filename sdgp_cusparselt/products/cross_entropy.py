@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from sdgp_cusparselt.backends.dense import dense_linear_grad_input
 from sdgp_cusparselt.config.choices import SDGPConfig
 from sdgp_cusparselt.errors import message
+from sdgp_cusparselt.packing.producing import WHOLE_BLOCKS
 from sdgp_cusparselt.products.produced import (
     FusedLinear,
     LayerGradients,
@@ -35,7 +36,7 @@ from sdgp_cusparselt.products.produced import (
 from sdgp_cusparselt.pruning.producers import CrossEntropyBackward
 from sdgp_cusparselt.recording.records import LayerRecord
 
-#: Tiles begin at multiples of this, so that they cut no group and stay aligned.
+#: Slices begin at multiples of this, so that they cut no group and stay aligned.
 _EDGE = 64
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -85,6 +86,12 @@ class Head:
         """[N] bool: whose loss counts."""
         return self.target != self.objective.ignore_index
 
+    @property
+    def slices(self) -> Iterator[slice]:
+        """Slices of the vocabulary of about ``chunk`` elements of logits."""
+        edge = WHOLE_BLOCKS if self.objective.label_smoothing else _EDGE
+        return _spans(self.weight.shape[0], self.chunk // max(1, self.input.shape[0]), edge)
+
     def logits(self, span: slice) -> Tensor:
         """Return the logits of a slice of the vocabulary."""
         return F.linear(
@@ -120,7 +127,7 @@ def losses(head: Head) -> tuple[Tensor, Tensor]:
     """
     head.check_targets()
     sums = _RowSums(head)
-    for span in _spans(head.weight.shape[0], head.chunk // max(1, head.input.shape[0])):
+    for span in head.slices:
         sums.add(head.logits(span), span.start)
     return sums.losses(), sums.lse
 
@@ -153,7 +160,7 @@ def gradients(
     total = torch.zeros(x.shape, dtype=head.wide, device=x.device) if needs[0] else None
     grad_weight = torch.empty_like(w, dtype=weight_dtype) if needs[1] else None
     grad_bias = w.new_empty(w.shape[0], dtype=weight_dtype) if needs[2] else None
-    for span in _spans(w.shape[0], head.chunk // max(1, x.shape[0])):
+    for span in head.slices:
         found = _of_slice(head, span, lse, scale, Needs(*needs), config, record)
         if total is not None and found.input is not None:
             total += found.input
@@ -247,8 +254,14 @@ def _places(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.where(inside, place, 0), inside
 
 
-def _spans(length: int, step: int) -> Iterator[slice]:
-    """Cut 0..length into slices of about ``step`` that begin at multiples of ``_EDGE``."""
-    step = max(_EDGE, step // _EDGE * _EDGE)
-    for start in range(0, length, step):
-        yield slice(start, min(length, start + step))
+def _spans(length: int, step: int, edge: int) -> Iterator[slice]:
+    """Cut 0..length into slices of about ``step`` that begin at multiples of ``edge``.
+
+    What is left behind the last multiple is a slice of its own, so that no other is packed apart
+    because of it.
+    """
+    step, whole = max(edge, step // edge * edge), length // edge * edge
+    for start in range(0, whole, step):
+        yield slice(start, min(whole, start + step))
+    if whole < length:
+        yield slice(whole, length)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sdgp_cusparselt.packing.launch import is_aligned
 from sdgp_cusparselt.packing.pack import kernel_obstacle
 from sdgp_cusparselt.packing.producing import (
+    WHOLE_BLOCKS,
     PreparedProduced,
     cross_entropy_rows,
     prepare_produced,
@@ -100,6 +101,10 @@ def obstacle(producer: Producer, asked: Asked) -> str | None:
         and mask.data_ptr() % _ALIGNMENT == 0
     ):
         return "the mask is no matrix of bytes"
+    if isinstance(producer, CrossEntropyBackward) and (
+        producer.label_smoothing and pre.shape[1] % WHOLE_BLOCKS
+    ):
+        return f"labels are smoothed over classes that are no multiple of {WHOLE_BLOCKS}"
     packed = asked.packed
     layouts = [one for one in (packed.features_layout, packed.tokens_layout) if one is not None]
     return kernel_obstacle(pre, *layouts)

@@ -18,15 +18,17 @@ import triton.language as tl
 from sdgp_cusparselt.devices import current_stream, on_device
 from sdgp_cusparselt.packing import derivatives
 from sdgp_cusparselt.packing import layout as layouts
+from sdgp_cusparselt.packing.launch import blocks_of
 from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.packed import Packed24
 from sdgp_cusparselt.packing.producing import (
     SECOND_OFFSET,
+    WHOLE_BLOCKS,
     cross_entropy_rows,
     prepare_produced,
 )
 from sdgp_cusparselt.packing.reference import Draws, pack_operand
-from sdgp_cusparselt.packing.variants import PRODUCER_CODES, ProducerKind
+from sdgp_cusparselt.packing.variants import PRODUCER_CODES, ProducerKind, Target
 from sdgp_cusparselt.pruning.producers import (
     ACTIVATIONS,
     ActivationBackward,
@@ -296,8 +298,7 @@ def head(rows: int, classes: int, dtype: torch.dtype, smoothing: float) -> Cross
 
 
 @pytest.mark.parametrize("dtype", cases.FLOAT_DTYPES)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("classes", [72, 128])
+@pytest.mark.parametrize("smoothing, classes", [(0.0, 72), (0.0, 128), (0.1, 128)])
 def test_the_gradient_of_a_cross_entropy(
     device: str, dtype: torch.dtype, smoothing: float, classes: int
 ) -> None:
@@ -315,16 +316,26 @@ def test_the_gradient_of_a_cross_entropy(
 
 
 def test_a_slice_of_the_vocabulary_is_a_slice_of_the_gradient(device: str) -> None:
-    whole = head(20, 72, torch.bfloat16, 0.1)
+    whole = head(20, 192, torch.bfloat16, 0.1)
     dense = run_kernel(whole, device=device).dense[0]
-    for first, last in ((0, 64), (64, 72)):
+    for first, last in ((0, 64), (64, 192)):
         part = CrossEntropyBackward(
             whole.logits[:, first:last], whole.lse, whole.target, whole.row_scale,
-            whole.label_smoothing, whole.z_loss, first, 72,
+            whole.label_smoothing, whole.z_loss, first, 192,
         )  # fmt: skip
         made = run_kernel(part, "mvue", device=device)
         assert cases.same_bits(made.dense[0], dense[:, first:last])
         assert_packed(made, "mvue", layouts.PLAIN)
+
+
+def test_smoothed_labels_end_with_a_block() -> None:
+    with pytest.raises(ValueError, match="multiple of 256 where labels are smoothed"):
+        run_kernel(head(20, 72, torch.bfloat16, 0.1))
+    for layout, method in itertools.product(layouts.NAMED.values(), (None, "mvue")):
+        target = None if method is None else Target(method, layout)
+        for classes in (WHOLE_BLOCKS, 3 * WHOLE_BLOCKS):
+            blocks = blocks_of((200, classes), torch.bfloat16, Target("mvue", layout), target)
+            assert blocks.grid[0] * blocks.tile.block_k == classes
 
 
 def test_an_overflow_of_logits_stays_visible(device: str) -> None:
