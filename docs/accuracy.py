@@ -9,7 +9,8 @@ A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end of KIND -->``;
 - ``steps-ratio``: R, steps to the same loss over those of dense training, from a sweep and dense
   runs of other lengths;
 - ``gradient-quality``: R as docs/gradient_quality.py predicts it;
-- ``preset-gain``: time to the same loss of each preset, as docs/preset_gain.py predicts it.
+- ``preset-gain``: time to the same loss of each preset, as docs/preset_gain.py predicts it;
+- ``csr-products``: dense time / CSR time, as docs/csr_products.py measured it.
 """
 
 import json
@@ -34,12 +35,7 @@ PAGES = tuple(
         "docs/sparse-weights.md",
     )
 )
-BLOCK = re.compile(
-    r"<!-- (accuracy|training-loss|gradient-bias|steps-ratio|gradient-quality|preset-gain): "
-    r"([^>]+) -->\n"
-    r"(?:.*?<!-- end of \1 -->\n)?",
-    re.DOTALL,
-)
+BLOCK = re.compile(r"<!-- ([a-z-]+): ([^>]+) -->\n(?:.*?<!-- end of \1 -->\n)?", re.DOTALL)
 Cell = Callable[[dict[str, Any], int], str]
 
 
@@ -48,18 +44,10 @@ def with_tables(text: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         kind, files = match[1], match[2].split()
+        if kind not in TABLES:
+            return match[0]
         documents = [json.loads((ROOT / file).read_text(encoding="utf-8")) for file in files]
-        if kind == "gradient-bias":
-            table = bias_table(documents[0])
-        elif kind == "gradient-quality":
-            table = quality_table(documents[0])
-        elif kind == "preset-gain":
-            table = gain_table(documents[0])
-        elif kind == "steps-ratio":
-            table = ratio_table(documents)
-        else:
-            table = sweep_table(documents, metric_cell if kind == "accuracy" else loss_cell)
-        return f"<!-- {kind}: {match[2]} -->\n{table}\n<!-- end of {kind} -->\n"
+        return f"<!-- {kind}: {match[2]} -->\n{TABLES[kind](documents)}\n<!-- end of {kind} -->\n"
 
     return BLOCK.sub(made, text)
 
@@ -112,13 +100,13 @@ def loss_cell(row: dict[str, Any], digits: int) -> str:
     return "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
 
 
-def bias_table(document: dict[str, Any]) -> str:
+def bias_table(documents: list[dict[str, Any]]) -> str:
     """Return medians over a model's weights, and the same of its first weight."""
     lines = [
         ["task", "method", "one step", "mean", "bias", "one step, first", "mean, first"],
         ["---", "---", *["---:"] * 5],
     ]
-    for task, content in document["tasks"].items():
+    for task, content in documents[0]["tasks"].items():
         for spelling, rows in content["methods"].items():
             if spelling == "dense":
                 continue
@@ -136,12 +124,31 @@ def ratio_table(documents: list[dict[str, Any]]) -> str:
     shares = {
         run["label"]: run["pruned_flop_share"] for document in documents for run in document["runs"]
     }
-    return markdown_rows(ratio_rows(steps_ratios(documents), shares))
+    # A file of --equal-loss holds the dense runs of other lengths beside its own.
+    others = [
+        document | {"runs": document["equal_loss"]["dense_runs"]}
+        for document in documents
+        if "equal_loss" in document
+    ]
+    return markdown_rows(ratio_rows(steps_ratios([*documents, *others]), shares))
 
 
-def quality_table(document: dict[str, Any]) -> str:
+def csr_table(documents: list[dict[str, Any]]) -> str:
+    """Return a row per share of zeros: the median, and the least and the most, over the runs."""
+    lines = ["| zeros | the product alone | with the conversion |", "| ---: | ---: | ---: |"]
+    alone, whole = (documents[0]["dense_over_csr"][part] for part in ("csr_gemm", "csr_grad_input"))
+    for share, ratios in alone.items():
+        cells = (
+            f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+            for found in (ratios, whole[share])
+        )
+        lines.append(f"| {share} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quality_table(documents: list[dict[str, Any]]) -> str:
     """Return a row per way of pruning: predicted R at each step, and the bias at the middle one."""
-    points = document["measured_at"]
+    points = documents[0]["measured_at"]
     steps = sorted(points, key=int)
     middle = steps[len(steps) // 2]
     titles = ["way", *(f"R at step {step}" for step in steps), f"bias at {middle}"]
@@ -152,9 +159,9 @@ def quality_table(document: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def gain_table(document: dict[str, Any]) -> str:
+def gain_table(documents: list[dict[str, Any]]) -> str:
     """Return a row per model and way: dense time / time to the same loss on each card."""
-    gains, ratios = document["gains"], document["R"]
+    gains, ratios = documents[0]["gains"], documents[0]["R"]
     cards = list(next(iter(gains.values())))
     lines = [["model", "prunes", "R", *cards]]
     for model, by_card in gains.items():
@@ -169,6 +176,18 @@ _COSINES = ("cosine_step", "cosine_mean")
 
 def _angle(cosine: float) -> float:
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
+
+
+#: Kind of a table -> what makes it of the files that it names.
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "accuracy": lambda documents: sweep_table(documents, metric_cell),
+    "training-loss": lambda documents: sweep_table(documents, loss_cell),
+    "gradient-bias": bias_table,
+    "steps-ratio": ratio_table,
+    "gradient-quality": quality_table,
+    "preset-gain": gain_table,
+    "csr-products": csr_table,
+}
 
 
 def main() -> None:
