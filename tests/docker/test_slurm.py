@@ -11,15 +11,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-#: Starts the rest of its line once a node, at once; a failure of one is the failure of all.
+#: Starts the rest of its line once a node, at once; where asked to, ends all when one fails. An agent
+#: of torchrun whose worker is done would wait five minutes for one that failed.
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >>"$LOG"
-while [[ "$1" == --* ]]; do shift; done
-pids=()
+while [[ "$1" == --* ]]; do [[ "$1" == --kill-on-bad-exit* ]] && ends=yes; shift; done
 for ((node = 0; node < ${SLURM_JOB_NUM_NODES:-1}; node++)); do
-  SLURM_NODEID=$node "$@" & pids+=($!)
+  SLURM_NODEID=$node "$@" &
 done
-for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
+status=0
+while [[ -n "$(jobs -p)" ]]; do
+  wait -n && continue
+  status=1
+  [[ -n "${ends:-}" ]] && kill $(jobs -p) 2>/dev/null
+done
+exit "$status"
 """
 #: Runs what stands behind the image, in the folder that --pwd names.
 APPTAINER = """#!/usr/bin/env bash
@@ -62,7 +68,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 
 
 def sbatch(
-    script: str, *arguments: str, environment: dict[str, str], cwd: Path
+    script: str, *arguments: str, environment: dict[str, str], cwd: Path, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(DOCKER / script), *arguments],
@@ -70,7 +76,7 @@ def sbatch(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 
@@ -110,7 +116,9 @@ def test_every_node_knows_its_rank_and_the_size_of_the_world(
 def test_a_rank_that_fails_fails_the_job(cluster: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text("import os, sys\nsys.exit(os.environ['RANK'] == '1')\n")
-    done = sbatch("train.sbatch", "x.sif", str(script), environment=cluster, cwd=tmp_path)
+    done = sbatch(
+        "train.sbatch", "x.sif", str(script), environment=cluster, cwd=tmp_path, timeout=120
+    )
     assert done.returncode != 0
 
 
