@@ -9,6 +9,7 @@ import torch
 
 from sdgp_cusparselt.cache import cache_dir
 from sdgp_cusparselt.commands.bench import PARTS, _cache, result_path
+from sdgp_cusparselt.commands.parser import main
 from tests.bench.conftest import ROOT, run_python
 
 pytestmark = pytest.mark.skipif(
@@ -59,10 +60,9 @@ def test_without_a_checkout_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", ["nothing", ",", "gemm,layer"])
-def test_unknown_parts_are_refused(parts: str) -> None:
-    done = run_python("-m", "sdgp_cusparselt", "bench", "--parts", parts)
-    assert done.returncode == 2
-    assert "--parts must be some of machine, gemm" in done.stderr
+def test_unknown_parts_are_refused(parts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--parts", parts]) == 2
+    assert "--parts must be some of machine, gemm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

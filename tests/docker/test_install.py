@@ -54,6 +54,7 @@ def test_the_installed_package_is_a_copy_not_the_checkout(fresh_venv: Path) -> N
         assert Path(path).is_relative_to(fresh_venv)
 
 
+@pytest.mark.slow
 def test_the_installed_command_plans(fresh_venv: Path) -> None:
     text = run_in(fresh_venv, "sdgp", "plan", "--model", "resnet-50", "--batch", "8")
     assert "of which SDGP may take" in text

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-#: Starts the rest of its line once a node, at once; where asked to, ends all when one fails. An agent
-#: of torchrun whose worker is done would wait five minutes for one that failed.
+#: Starts the rest of its line once a node, at once; where asked to, ends all when one fails. An
+#: agent of torchrun whose worker is done would wait five minutes for one that failed.
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >>"$LOG"
 while [[ "$1" == --* ]]; do [[ "$1" == --kill-on-bad-exit* ]] && ends=yes; shift; done

@@ -1,5 +1,6 @@
 """The kernels of heavy tokens against their reference, bit for bit, and what they are for."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -130,9 +131,15 @@ def test_the_kernel_is_the_reference(layout: MetadataLayout) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 16), (5, 16), (37, 48), (100, 272), (64, 512)])
-@pytest.mark.parametrize("share", [0.02, 0.4, 1.0])
+@pytest.mark.parametrize(
+    "shape, share, dtype",
+    [
+        *itertools.product([(1, 16), (5, 16)], [0.02, 0.4, 1.0], [torch.bfloat16]),
+        *itertools.product([(37, 48)], [0.02, 0.4, 1.0], [torch.bfloat16, torch.float16]),
+        ((100, 272), 0.4, torch.float16),
+        ((64, 512), 1.0, torch.bfloat16),
+    ],
+)
 def test_sizes_and_shares(shape: tuple[int, int], share: float, dtype: torch.dtype) -> None:
     x = gradient(*shape, dtype)
     packed, found = run_kernel(x, share, layouts.PLAIN)
@@ -207,7 +214,7 @@ def test_every_target_compiles(tmp_path: Path) -> None:
 
 @interpreted
 def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = gradient(300, 64, torch.bfloat16)
+    x = gradient(64, 64, torch.bfloat16)
     monkeypatch.setattr(heavy_pack, "_found", {})
     assert heavy_pack.heavy_fault(x, 0.1, layouts.PLAIN) is None
     monkeypatch.setattr(heavy_pack, "_found", {})

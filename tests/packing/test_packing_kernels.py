@@ -169,18 +169,14 @@ def test_bytes_equal_the_reference(
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_every_byte_is_written(device: str, layout: MetadataLayout, method: str) -> None:
-    """Whatever the outputs held before makes no difference."""
+    """Of outputs that start as a byte that no packing is full of."""
     x = cases.adversarial(100, 60, torch.bfloat16).to(device)
     if method == "none":
         x = oracle.prune_magnitude(x.cpu()).to(device)
     ratios = some_ratios(100, 60)
     directions = "both" if fits(layout, 100, 60) and method != "none" else "features"
-    first, second = (
-        run_kernel(x, method, layout, directions, ratios=ratios, poison=poison)[0]
-        for poison in (0, 255)
-    )
-    for transposed, packed in first.items():
-        assert cases.same_bits(packed.buffer, second[transposed].buffer)
+    made = run_kernel(x, method, layout, directions, ratios=ratios, poison=0x5A)[0]
+    for transposed, packed in made.items():
         want = expected(x, method, layout, transposed, ratios)
         assert cases.same_bits(packed.buffer.cpu(), want.buffer)
 
