@@ -3,7 +3,8 @@
 A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end of KIND -->``; KIND is
 
 - ``accuracy``: final metric, mean ± std over seeds, and in brackets the mean difference to dense
-  of the same seed; a column for each result file of ``sdgp train``;
+  of the same seed; a column for each result file of ``sdgp train``; methods named before the files
+  (``dense readers:mvue@2:4``) are the rows, in that order, in place of all;
 - ``training-loss``: the same for the training loss at the end, means only;
 - ``gradient-bias``: the file of docs/gradient_bias.py;
 - ``steps-ratio``: R, steps to the same loss over those of dense training, from a sweep and dense
@@ -17,7 +18,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,30 @@ def with_tables(text: str) -> str:
     """Return a page with every table made anew from the files that it names."""
 
     def made(match: re.Match[str]) -> str:
-        kind, files = match[1], match[2].split()
+        kind, words = match[1], match[2].split()
         if kind not in TABLES:
             return match[0]
+        files = [word for word in words if word.endswith(".json")]
+        methods = [word for word in words if word not in files]
         documents = [json.loads((ROOT / file).read_text(encoding="utf-8")) for file in files]
-        return f"<!-- {kind}: {match[2]} -->\n{TABLES[kind](documents)}\n<!-- end of {kind} -->\n"
+        table = TABLES[kind](documents, methods)
+        return f"<!-- {kind}: {match[2]} -->\n{table}\n<!-- end of {kind} -->\n"
 
     return BLOCK.sub(made, text)
 
 
-def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
+def sweep_table(documents: list[dict[str, Any]], cell: Cell, methods: Sequence[str] = ()) -> str:
     """Return a row per method and a column per result file, losses kept.
 
     In square brackets stands how many runs a method has, where others have more.
+
+    Args:
+        documents: contents of result files.
+        cell: writes a method's row of a file, at so many decimals.
+        methods: the rows, in order; all that occur if empty.
+
+    Raises:
+        ValueError: a method is in none of the files.
     """
     titles = ["method", *(_title(document, cell) for document in documents)]
     lines = [titles, ["---", *["---:"] * len(documents)]]
@@ -65,7 +77,9 @@ def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
     columns = [{row["method"]: row for row in document["summary"]} for document in documents]
     # A fourth decimal says nothing beside these spreads, and makes the table too wide for a page.
     digits = [min(3, TASKS[document["task"]].metric.digits) for document in documents]
-    for method, label in labels.items():
+    if unknown := [method for method in methods if method not in labels]:
+        raise ValueError(f"sweep_table: methods must be of {', '.join(labels)}, got {unknown}.")
+    for method in methods or labels:
         cells = []
         for column, places in zip(columns, digits, strict=True):
             row = column.get(method)
@@ -73,7 +87,7 @@ def sweep_table(documents: list[dict[str, Any]], cell: Cell) -> str:
             most = max(len(other["values"]) for other in column.values())
             number = f" [{runs}]" if runs < most else ""
             cells.append(cell(row, places) + number if row is not None and runs else "")
-        lines.append([label, *cells])
+        lines.append([labels[method], *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -178,15 +192,16 @@ def _angle(cosine: float) -> float:
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
 
 
-#: Kind of a table -> what makes it of the files that it names.
-TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
-    "accuracy": lambda documents: sweep_table(documents, metric_cell),
-    "training-loss": lambda documents: sweep_table(documents, loss_cell),
-    "gradient-bias": bias_table,
-    "steps-ratio": ratio_table,
-    "gradient-quality": quality_table,
-    "preset-gain": gain_table,
-    "csr-products": csr_table,
+Documents = list[dict[str, Any]]
+#: Kind of a table -> what makes it of the files that it names, and the methods if it has a choice.
+TABLES: dict[str, Callable[[Documents, list[str]], str]] = {
+    "accuracy": lambda documents, methods: sweep_table(documents, metric_cell, methods),
+    "training-loss": lambda documents, methods: sweep_table(documents, loss_cell, methods),
+    "gradient-bias": lambda documents, _: bias_table(documents),
+    "steps-ratio": lambda documents, _: ratio_table(documents),
+    "gradient-quality": lambda documents, _: quality_table(documents),
+    "preset-gain": lambda documents, _: gain_table(documents),
+    "csr-products": lambda documents, _: csr_table(documents),
 }
 
 

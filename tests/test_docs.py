@@ -165,6 +165,16 @@ def test_measured_tables_are_what_the_result_files_say() -> None:
     assert {kind for kind, _ in found} & set(module.TABLES) == set(module.TABLES)
 
 
+def test_a_table_has_the_methods_that_its_marker_names_in_that_order() -> None:
+    module = load_generator("accuracy")
+    methods = "readers:mvue@2:4 dense"
+    table = module.with_tables(f"<!-- accuracy: {methods} docs/results/code-lm-presets.json -->\n")
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert rows == ["method", "---", "readers: mvue 2:4", "dense"]
+    with pytest.raises(ValueError, match=r"methods must be of dense, .* got \['no-such'\]"):
+        module.with_tables("<!-- accuracy: no-such docs/results/code-lm-presets.json -->\n")
+
+
 def test_predictions_in_the_docs_are_what_the_planner_says() -> None:
     module = load_generator()
     pages = module.predicted_pages()

@@ -10,7 +10,7 @@ from sdgp_cusparselt.cards.gpus import GPUS
 from sdgp_cusparselt.commands.arguments import UsageError, integer, number, output_file, sizes
 from sdgp_cusparselt.commands.console import Output
 from sdgp_cusparselt.errors import SDGPError
-from sdgp_cusparselt.layers.presets import Preset
+from sdgp_cusparselt.layers.presets import Preset, default_preset
 from sdgp_cusparselt.planner import report, weights_report
 from sdgp_cusparselt.planner.gemms import Trace, trace_step
 from sdgp_cusparselt.planner.models import PRESETS, Problem, load
@@ -25,9 +25,9 @@ from sdgp_cusparselt.planner.steps_ratios import MEASURED
 from sdgp_cusparselt.planner.weights import memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_EVERY_LAYER = (
-    "Planned with every layer pruned; convert_ by itself prunes the readers of a transformer that "
-    "it knows: --preset readers."
+_DEFAULT_PRESET = (
+    "Planned as convert_ prunes a transformer by itself, the layers that read the residual stream: "
+    "preset readers. Every layer: --preset all."
 )
 
 
@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=MEASURED,
         help="which products of a transformer are pruned, as convert_ has it, and what that is "
-        "worth with the R that was measured for it (default: grad_input of all, without R)",
+        "worth with the R that was measured for it (default: readers of a transformer that "
+        "convert_ knows, otherwise all; without R)",
     )
     parser.add_argument(
         "--steps-ratio",
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fuse and args.heavy:
         raise UsageError("--fuse and --heavy exclude each other: which tokens are heavy is known "
                          "only when their gradient is")  # fmt: skip
-    problem, trace = _traced(args)
+    problem, trace, preset = _traced(args)
     gpus = [GPUS[name] for name in args.gpu]
     efficiencies = [measured_efficiency(gpu, args.results) for gpu in gpus]
     how = Packing(args.fuse, args.heavy)
@@ -138,14 +139,14 @@ def run(args: argparse.Namespace) -> int:
 
         plot(args.plot, problem, forecasts)
     output = Output(args)
-    data = report.as_json(problem, trace, forecasts, errors, ratio, before)
+    data = report.as_json(problem, trace, forecasts, errors, ratio, before) | {"preset": preset}
     plans = None
     if args.weights:
-        whole = trace if args.preset in (None, "all") else _traced(args, preset="all")[1]
+        whole = trace if preset == "all" else _traced(args, preset="all")[1]
         plans = weights_report.card_plans(whole, _decoding(args), forecasts)
         data["weights"] = weights_report.as_json(whole, plans)
     output.write_json(data)
-    _print(output, problem, trace, forecasts, errors, args, ratio, before)
+    _print(output, problem, trace, preset, forecasts, errors, args, ratio, before)
     if plans is not None:
         _print_weights(output, whole, plans)
     return 0
@@ -153,15 +154,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _decoding(args: argparse.Namespace) -> Trace | None:
     """Return the trace of one token a sequence; None for a model that reads no tokens."""
-    problem, trace = _traced(args, sequence=None if args.shape else 1, preset="all")
+    problem, trace, _ = _traced(args, sequence=None if args.shape else 1, preset="all")
     inputs = problem.inputs.values() if isinstance(problem.inputs, Mapping) else problem.inputs
     return trace if all(not x.is_floating_point() for x in inputs) else None
 
 
 def _traced(
     args: argparse.Namespace, sequence: int | None = None, preset: Preset | None = None
-) -> tuple[Problem, Trace]:
-    preset = preset or args.preset or "all"
+) -> tuple[Problem, Trace, Preset]:
+    """Return the problem, its step, and the preset: given, asked for, or convert_'s own."""
+    asked = preset or args.preset
     try:
         problem = load(
             args.model,
@@ -171,12 +173,13 @@ def _traced(
             shape=args.shape,
             dtype=DTYPES[args.dtype],
         )
+        chosen = asked or default_preset(problem.model)
         trace = trace_step(
             problem.model,
             problem.inputs,
             exclude=args.exclude,
             include_heads=args.include_heads,
-            preset=preset,
+            preset=chosen,
         )
     # Building and running a model is somebody else's code, which may raise anything.
     except Exception as error:
@@ -185,12 +188,12 @@ def _traced(
         raise UsageError(f"{args.model} cannot be planned: {why}") from error
     if not trace.gemms:
         raise UsageError(f"{args.model} cannot be planned: its forward pass multiplies no matrices")
-    if preset != "all" and not any(g.prunable for g in trace.gemms):
+    if asked not in (None, "all") and not any(g.prunable for g in trace.gemms):
         raise UsageError(
-            f"{args.model} cannot be planned with --preset {preset}: no layer of it is known "
+            f"{args.model} cannot be planned with --preset {asked}: no layer of it is known "
             "to read a residual stream"
         )
-    return problem, trace
+    return problem, trace, chosen
 
 
 def _print_weights(output: Output, trace: Trace, plans: list[weights_report.CardPlan]) -> None:
@@ -211,6 +214,7 @@ def _print(
     output: Output,
     problem: Problem,
     trace: Trace,
+    preset: Preset,
     forecasts: list[Forecast],
     errors: list[PredictionError],
     args: argparse.Namespace,
@@ -229,8 +233,8 @@ def _print(
     notes = [*report.summary(problem, trace), *report.packing_notes(trace, forecasts, args.heavy)]
     if args.preset and ratio is None:
         notes.append("R of a preset with heavy tokens was not measured: give it with --r.")
-    if not (args.preset or args.shape):
-        notes.append(_EVERY_LAYER)
+    if args.preset is None and preset != "all":
+        notes.append(_DEFAULT_PRESET)
     for line in notes if before else (report.COLUMNS_NOTE, *notes):
         output.prose(line)
     output.print()

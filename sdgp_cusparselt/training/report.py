@@ -76,7 +76,7 @@ def verdict(document: dict[str, Any], metric: Metric) -> str:
     best = choose(pruned, key=lambda entry: float(entry["mean"]))
     text = f"{document['task']}: {best['label']} ends at {metric.format(best['mean'])}"
     beside = f", dense at {metric.format(dense['mean'])}" if dense else ""
-    return f"{text} {metric.unit} {metric.name}{beside} ({spread})."
+    return f"{text} {metric.words}{beside} ({spread})."
 
 
 #: Columns in the order in which a narrow terminal loses them: they stand in results.md too.

@@ -37,6 +37,11 @@ class Metric:
     higher_is_better: bool
     digits: int
 
+    @property
+    def words(self) -> str:
+        """What follows a number in a sentence: ``% accuracy``, ``bits per byte``."""
+        return self.name if self.name.startswith(self.unit) else f"{self.unit} {self.name}"
+
     def format(self, value: float | None) -> str:
         """Write ``value`` without its unit; None, which no finite value was, as a dash."""
         return "-" if value is None else f"{value:.{self.digits}f}"

@@ -159,6 +159,12 @@ def test_a_verdict_where_nothing_ended() -> None:
     assert "no pruned run ended with a finite accuracy" in verdict(nothing, TASKS["digits"].metric)
 
 
+def test_a_verdict_says_its_unit_once() -> None:
+    digits, code = (verdict(document(), TASKS[name].metric) for name in ("digits", "code-lm"))
+    assert "97.25 % accuracy, dense at 97.50" in digits
+    assert " bits per byte, dense at" in code and "bits bits" not in code
+
+
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     path = os.pathsep.join([environment.pop("first", ""), str(ROOT), str(ROOT / "bindings")])
     return subprocess.run(

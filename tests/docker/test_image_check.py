@@ -114,6 +114,15 @@ def test_both_images_are_checked_by_default_on_one_base(tools: dict[str, str]) -
     assert sum(" --file " in call for call in calls(tools)) == 2
 
 
+def test_a_setting_may_be_of_one_image_alone(tools: dict[str, str]) -> None:
+    own = {"CPU_TORCH_VERSION": "2.8.0", "TORCH_VERSION": "2.9.0", "CUDA_TORCH_INDEX": "http://own"}
+    assert check(**tools, **own).returncode == 0
+    cuda, cpu = [call for call in calls(tools) if " --file " in call]
+    assert "--build-arg TORCH_VERSION=2.9.0 --build-arg TORCH_INDEX=http://own " in cuda
+    index = argument("Dockerfile.cpu", "TORCH_INDEX")
+    assert f"--build-arg TORCH_VERSION=2.8.0 --build-arg TORCH_INDEX={index} " in cpu
+
+
 def test_what_was_made_is_removed(tools: dict[str, str]) -> None:
     assert check("cpu", **tools).returncode == 0
     assert not Path(tools["WORK"]).exists()

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdgp_cusparselt.commands.parser import main
+from sdgp_cusparselt.layers.convert import convert_
 from sdgp_cusparselt.planner.models import load
 from sdgp_cusparselt.planner.report import table
 from sdgp_cusparselt.planner.steps_ratios import MEASURED
@@ -174,6 +175,28 @@ def test_a_language_model_is_planned_for_decoding(
 def test_a_preset_that_finds_no_reader_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", TINY, "--shape", "512x64", "--preset", "readers"]) == 2
     assert "no layer of it is known to read a residual stream" in capsys.readouterr().err
+
+
+def test_without_a_preset_it_plans_what_convert_does(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 512}
+    path.write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    arguments = ["--model", f"transformers:{path}", "--sequence", "32", "--gpu", "A100"]
+    data = json.loads(plan(capsys, *arguments, "--json", "-"))
+    gemms = data["gpus"][0]["gemms"]
+    planned = {g["fqn"] for g in gemms if g["prunable"]}
+    assert planned == set(convert_(load(f"transformers:{path}").model).converted)
+    assert data["preset"] == "readers" and all(name.endswith(("attn", "fc")) for name in planned)
+    line = "Planned as convert_ prunes a transformer by itself"
+    assert line in plan(capsys, *arguments)
+    for preset in ("readers", "all"):
+        assert line not in plan(capsys, *arguments, "--preset", preset)
+    # A model that is no transformer is pruned whole, by both, with nothing to add.
+    tiny_model = ["--model", TINY, "--shape", "512x64", "--gpu", "A100"]
+    assert line not in plan(capsys, *tiny_model)
+    assert json.loads(plan(capsys, *tiny_model, "--json", "-"))["preset"] == "all"
 
 
 def test_excluded_layers_stay_dense(capsys: pytest.CaptureFixture[str]) -> None:
