@@ -65,9 +65,9 @@ def produced_cases(quick: bool) -> Iterator[ProducedCase]:
     """Yield what is launched; quick: each producer and each output once, and every architecture."""
     if quick:
         yield ProducedCase("gelu", "mvue", None, 90, dense=True, sums=True)
-        yield ProducedCase("gelu", "mvue", "mvue", 80, sums=True)
+        yield ProducedCase("relu_squared", "mvue", "mvue", 80, gated=True)
         yield ProducedCase("gelu_tanh", "mvue", "mvue", 90, masked=True)
-        yield ProducedCase("silu", "mvue", "mvue", 90, gated=True)
+        yield ProducedCase("silu", "mvue", "mvue", 90, gated=True, sums=True)
         yield ProducedCase("silu", "mvue", None, 100, gated=True, dense=True, dtype="float16")
         yield ProducedCase("relu_squared", "magnitude", None, 120, layout="sm90-atom")
         yield ProducedCase("relu", None, "random", 80, gated=True, layout="plain")
@@ -100,8 +100,8 @@ def produced_pass(case: ProducedCase) -> Pass:
     layout, dtype = LAYOUTS[case.layout], getattr(torch, case.dtype)
     features = None if case.features is None else Target(case.features, layout)
     tokens = None if case.tokens is None else Target(case.tokens, layout)
-    tile = variants.choose_tile(ROWS, COLS, features, tokens)
     kind = ProducerKind(case.producer, case.gated, case.masked)
+    tile = kind.tile(variants.choose_tile(ROWS, COLS, features, tokens))
     pack = PackVariant(dtype, features, tokens, tile, column_sums=case.sums)
     variant = ProducedVariant(kind, case.dense, pack)
     gradients = 2 if case.gated else 1

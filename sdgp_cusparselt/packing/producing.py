@@ -155,7 +155,7 @@ def prepare_produced(
             _bits(scale),
         ),
         ProducedVariant(kind, dense, pack).constants(native=not interpreted()),
-        tile.num_warps,
+        kind.tile(tile).num_warps,
     )
     return PreparedProduced(
         grid[1] * grid[2] * tile.block_m,

@@ -6,7 +6,7 @@ of it: one variant serves every shape with enough rows and columns for its block
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,14 @@ class ProducerKind:
     name: str
     gated: bool = False
     masked: bool = False
+
+    def tile(self, tile: Tile) -> Tile:
+        """Return the blocks of a pack with the warps that making needs.
+
+        Two gradients at once take twice the registers: with the warps of one they would use the
+        stack.
+        """
+        return replace(tile, num_warps=2 * tile.num_warps) if self.gated else tile
 
 
 @dataclass(frozen=True)
