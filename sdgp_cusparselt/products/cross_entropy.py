@@ -16,6 +16,7 @@ chunk for each operation that the card makes in the time of a byte (920 on an A1
 H100) the sums alone take longer than the product.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -86,11 +87,17 @@ class Head:
         """[N] bool: whose loss counts."""
         return self.target != self.objective.ignore_index
 
-    @property
-    def slices(self) -> Iterator[slice]:
-        """Slices of the vocabulary of about ``chunk`` elements of logits."""
-        edge = WHOLE_BLOCKS if self.objective.label_smoothing else _EDGE
-        return _spans(self.weight.shape[0], self.chunk // max(1, self.input.shape[0]), edge)
+    def slices(self, packed: bool = False) -> Iterator[slice]:
+        """Cut the vocabulary into slices of about ``chunk`` elements of logits.
+
+        Args:
+            packed: whether the gradient of the logits will be. What the vocabulary has beyond whole
+                blocks is then a slice of its own, so that no other is packed apart because of it.
+        """
+        size, step = self.weight.shape[0], self.chunk // max(1, self.input.shape[0])
+        edge = WHOLE_BLOCKS if packed and self.objective.label_smoothing else _EDGE
+        whole = size // edge * edge if packed else size
+        return itertools.chain(_spans(0, whole, step, edge), _spans(whole, size, step, edge))
 
     def logits(self, span: slice) -> Tensor:
         """Return the logits of a slice of the vocabulary."""
@@ -127,7 +134,7 @@ def losses(head: Head) -> tuple[Tensor, Tensor]:
     """
     head.check_targets()
     sums = _RowSums(head)
-    for span in head.slices:
+    for span in head.slices():
         sums.add(head.logits(span), span.start)
     return sums.losses(), sums.lse
 
@@ -160,7 +167,7 @@ def gradients(
     total = torch.zeros(x.shape, dtype=head.wide, device=x.device) if needs[0] else None
     grad_weight = torch.empty_like(w, dtype=weight_dtype) if needs[1] else None
     grad_bias = w.new_empty(w.shape[0], dtype=weight_dtype) if needs[2] else None
-    for span in head.slices:
+    for span in head.slices(_packs(config)):
         found = _of_slice(head, span, lse, scale, Needs(*needs), config, record)
         if total is not None and found.input is not None:
             total += found.input
@@ -235,7 +242,7 @@ def _of_slice(
         span.start,
         head.weight.shape[0],
     )
-    if config.prunes or config.grad_weight == "sparse":
+    if _packs(config):
         held = w if needs.input else None, x if needs.weight else None
         layer = FusedLinear(*held, needs, w.stride() == (w.shape[1], 1), config, record)
         return produced_grads(producer, (layer,))[0]
@@ -254,14 +261,12 @@ def _places(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.where(inside, place, 0), inside
 
 
-def _spans(length: int, step: int, edge: int) -> Iterator[slice]:
-    """Cut 0..length into slices of about ``step`` that begin at multiples of ``edge``.
+def _packs(config: SDGPConfig) -> bool:
+    return config.prunes or config.grad_weight == "sparse"
 
-    What is left behind the last multiple is a slice of its own, so that no other is packed apart
-    because of it.
-    """
-    step, whole = max(edge, step // edge * edge), length // edge * edge
-    for start in range(0, whole, step):
-        yield slice(start, min(whole, start + step))
-    if whole < length:
-        yield slice(whole, length)
+
+def _spans(first: int, last: int, step: int, edge: int) -> Iterator[slice]:
+    """Cut first..last into slices of about ``step``, of whole ``edge`` but for the last."""
+    step = max(edge, step // edge * edge)
+    for start in range(first, last, step):
+        yield slice(start, min(last, start + step))
