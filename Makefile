@@ -44,7 +44,7 @@ lint: $(STAMP)
 demo: $(DEMO)
 	$(BIN)/python -m sdgp_cusparselt train digits --seeds 2 --epochs 4 \
 	  --methods dense,magnitude,mvue --out runs/demo/digits --overwrite
-	$(BIN)/python -m sdgp_cusparselt train code-lm --steps 150 \
+	$(BIN)/python -m sdgp_cusparselt train code-lm --steps 150 --evaluations 3 \
 	  --methods dense,magnitude,mvue --out runs/demo/code-lm --overwrite
 	$(BIN)/python docs/demo_closing.py runs/demo/digits/results.json runs/demo/code-lm/results.json
 

@@ -33,8 +33,8 @@ def sentence(document: dict[str, Any]) -> str:
         gap = entry["mean"] - dense["mean"]
         word = "better" if (gap > 0) == metric.higher_is_better else "worse"
         size = f"{abs(gap):.{places}f}"
-        same = float(size) == 0.0
-        behind.append(f"{entry['label']} {'the same' if same else f'{size} {word}'}")
+        said = f"{size} {word}" if float(size) else f"the same to {0.1**places:.{places}f}"
+        behind.append(f"{entry['label']} {said}")
     seeds = len(dense["seeds"])
     runs = "one seed" if seeds == 1 else f"means of {seeds} seeds"
     end = f"dense ends at {dense['mean']:.{places}f} {metric.words}"

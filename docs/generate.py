@@ -261,7 +261,8 @@ def internals_page() -> str:
     lines = ["# Every module", "", "For those who work on the package itself.", ""]
     shown = set(public_modules())
     for module in modules():
-        if module in shown:
+        # A public package's page has what its modules hand on to it.
+        if any(f"{module}.".startswith(f"{public}.") for public in shown):
             continue
         lines += [f"## `{module}`", "", f"::: {module}"]
         # What a package imports is documented where it is defined.

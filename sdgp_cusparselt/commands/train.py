@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=integer(1), help="passes over the data (default: the task's)"
     )
     length.add_argument("--steps", type=integer(1), help="optimizer steps (default: the task's)")
+    parser.add_argument(
+        "--evaluations", type=integer(1), metavar="N", help="in a run (default: the task's)"
+    )
     parser.add_argument("--batch-size", type=integer(1), metavar="N")
     parser.add_argument(
         "--gradient-accumulation",
@@ -123,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, print verdict and table, write JSON, Markdown and plot; return the exit code."""
     output = Output(args)
     task = open_task(args.task, args.data)
+    if args.evaluations is not None:
+        task = replace(task, evaluations=args.evaluations)
     out = args.out if args.out is not None else Path("runs") / task.name
     methods, recipe, device = _methods(args), _recipe(args, task), str(device_of(args.device))
     backend = _backend(args, device)
@@ -263,6 +269,7 @@ def _command(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> str:
         words += ["--first-seed", str(args.first_seed)]
     for name in (
         *RECIPE_OPTIONS,
+        "evaluations",
         "device",
         "precision",
         "backend",

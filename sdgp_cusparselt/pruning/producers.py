@@ -60,7 +60,7 @@ def forward(
 ) -> Tensor:
     """Return what the unfused layers give, by the calls that they make: equal to the bit.
 
-    hidden = act(pre) [* up] [* mask * scale]
+    hidden = act(pre) * up * mask * scale, without the factors that are not given
 
     Args:
         activation: one of ``ACTIVATIONS``.

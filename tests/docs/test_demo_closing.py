@@ -30,7 +30,7 @@ def test_each_task_has_its_own_direction(closing: ModuleType) -> None:
     digits = document("digits", 2, mvue=96.5, dense=97.0, magnitude=97.254, random=97.001)
     assert closing.sentence(digits) == (
         "digits: dense ends at 97.00 % accuracy; mvue 2:4 0.50 worse, magnitude 2:4 0.25 better, "
-        "random 2:4 the same (means of 2 seeds)."
+        "random 2:4 the same to 0.01 (means of 2 seeds)."
     )
     code = document("code-lm", 1, dense=3.0, magnitude=3.5, mvue=2.96)
     assert closing.sentence(code) == (
@@ -53,7 +53,7 @@ def test_a_line_for_each_file(
     assert closing.main([str(path), str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "Seen:",
-        *2 * ["  digits: dense ends at 97.00 % accuracy; mvue 2:4 the same (one seed)."],
+        *2 * ["  digits: dense ends at 97.00 % accuracy; mvue 2:4 the same to 0.01 (one seed)."],
     ]
     assert closing.main([]) == 2
 

@@ -44,6 +44,16 @@ def test_output_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("short_digits")
+def test_evaluations_are_the_points_of_a_curve(tmp_path: Path) -> None:
+    arguments = ("digits", "--methods", "dense", "--steps", 6, "--out", tmp_path)
+    for count, steps in ((1, [6]), (3, [2, 4, 6])):
+        assert train(*arguments, "--evaluations", count, "--overwrite") == 0
+        document = json.loads((tmp_path / "results.json").read_text())
+        assert [point["step"] for point in document["runs"][0]["history"]][-count:] == steps
+        assert f"--evaluations {count} " in document["command"]
+
+
+@pytest.mark.usefixtures("short_digits")
 def test_sweep_table1(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("t.json", "t.md", "t.png")]
     options = ["--json", paths[0], "--markdown", paths[1], "--plot", paths[2], "--first-seed", 7]
