@@ -11,19 +11,27 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-#: Starts the rest of its line once a node, at once; where asked to, ends all when one fails. An
-#: agent of torchrun whose worker is done would wait five minutes for one that failed.
+#: Starts the rest of its line once a node, at once; a failure of one is the failure of all. As
+#: Slurm's own, it waits for every task, or, told to --kill-on-bad-exit, ends the others when one
+#: fails: TERM, then KILL after KillWait seconds (30 by Slurm's default).
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >>"$LOG"
-while [[ "$1" == --* ]]; do [[ "$1" == --kill-on-bad-exit* ]] && ends=yes; shift; done
+kill_others=
+while [[ "$1" == --* ]]; do
+  [[ "$1" == --kill-on-bad-exit=1 ]] && kill_others=yes
+  shift
+done
 for ((node = 0; node < ${SLURM_JOB_NUM_NODES:-1}; node++)); do
   SLURM_NODEID=$node "$@" &
 done
 status=0
-while [[ -n "$(jobs -p)" ]]; do
+for ((node = 0; node < ${SLURM_JOB_NUM_NODES:-1}; node++)); do
   wait -n && continue
   status=1
-  [[ -n "${ends:-}" ]] && kill $(jobs -p) 2>/dev/null
+  [[ "$kill_others" ]] || continue
+  kill $(jobs -rp) 2>/dev/null
+  sleep 1
+  kill -KILL $(jobs -rp) 2>/dev/null
 done
 exit "$status"
 """
@@ -68,7 +76,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 
 
 def sbatch(
-    script: str, *arguments: str, environment: dict[str, str], cwd: Path, timeout: float = 300
+    script: str, *arguments: str, environment: dict[str, str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(DOCKER / script), *arguments],
@@ -76,7 +84,7 @@ def sbatch(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
     )
 
 
@@ -113,12 +121,19 @@ def test_every_node_knows_its_rank_and_the_size_of_the_world(
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_fails_the_job(cluster: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_rank_that_fails_fails_the_job(
+    failing: str, cluster: dict[str, str], tmp_path: Path
+) -> None:
     script = tmp_path / "fails.py"
-    script.write_text("import os, sys\nsys.exit(os.environ['RANK'] == '1')\n")
-    done = sbatch(
-        "train.sbatch", "x.sif", str(script), environment=cluster, cwd=tmp_path, timeout=120
+    # The other's torchrun meets its exit barrier first, and would wait there for 300 s.
+    script.write_text(
+        "import os, sys, time\n"
+        f"fails = os.environ['RANK'] == '{failing}'\n"
+        "time.sleep(2 * fails)\n"
+        "sys.exit(fails)\n"
     )
+    done = sbatch("train.sbatch", "x.sif", str(script), environment=cluster, cwd=tmp_path)
     assert done.returncode != 0
 
 

@@ -42,7 +42,7 @@ def inputs(gated: bool, masked: bool, dtype: torch.dtype) -> tuple[Tensor | None
 
 @pytest.mark.parametrize("chunk", [1 << 22, 100])
 @pytest.mark.parametrize(
-    "name, gated, masked", itertools.product(ACTIVATIONS, (False, True), (False, True))
+    "name, gated, masked", list(itertools.product(ACTIVATIONS, (False, True), (False, True)))
 )
 def test_gradients_are_autograds(
     name: str, gated: bool, masked: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -65,7 +65,7 @@ def test_gradients_are_autograds(
 
 @pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize(
-    "name, gated, masked", itertools.product(ACTIVATIONS, (False, True), (False, True))
+    "name, gated, masked", list(itertools.product(ACTIVATIONS, (False, True), (False, True)))
 )
 def test_gradients_are_rounded_once(
     name: str, gated: bool, masked: bool, dtype: torch.dtype
