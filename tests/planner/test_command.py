@@ -161,13 +161,18 @@ def test_weights_are_planned_for_steps_and_inference(capsys: pytest.CaptureFixtu
     assert "A100: double+mvue wins" in text and "weights+sdgp+mvue" in text
 
 
+def a_gpt2(folder: Path, **sizes: int) -> list[str]:
+    """Return what plans a GPT-2 of these sizes on an A100, at its longest sequence."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "vocab_size": 512, **sizes}))
+    sequence = str(sizes["n_positions"])
+    return ["--model", f"transformers:{path}", "--sequence", sequence, "--gpu", "A100"]
+
+
 def test_a_language_model_is_planned_for_decoding(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "config.json"
-    sizes = {"n_embd": 4096, "n_layer": 1, "n_head": 32, "n_positions": 64, "vocab_size": 512}
-    path.write_text(json.dumps({"model_type": "gpt2", **sizes}))
-    arguments = ["--model", f"transformers:{path}", "--sequence", "64", "--gpu", "A100"]
+    arguments = a_gpt2(tmp_path, n_embd=4096, n_layer=1, n_head=32, n_positions=64)
     data = json.loads(plan(capsys, *arguments, "--weights", "--json", "-"))["weights"]
     assert 1.3 < data["gpus"][0]["decode"] < 16 / 9
 
@@ -180,14 +185,11 @@ def test_a_preset_that_finds_no_reader_says_so(capsys: pytest.CaptureFixture[str
 def test_without_a_preset_it_plans_what_convert_does(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "config.json"
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 512}
-    path.write_text(json.dumps({"model_type": "gpt2", **sizes}))
-    arguments = ["--model", f"transformers:{path}", "--sequence", "32", "--gpu", "A100"]
+    arguments = a_gpt2(tmp_path, n_embd=64, n_layer=2, n_head=4, n_positions=32)
     data = json.loads(plan(capsys, *arguments, "--json", "-"))
     gemms = data["gpus"][0]["gemms"]
     planned = {g["fqn"] for g in gemms if g["prunable"]}
-    assert planned == set(convert_(load(f"transformers:{path}").model).converted)
+    assert planned == set(convert_(load(arguments[1]).model).converted)
     assert data["preset"] == "readers" and all(name.endswith(("attn", "fc")) for name in planned)
     line = "Planned as convert_ prunes a transformer by itself"
     assert line in plan(capsys, *arguments)
