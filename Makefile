@@ -51,7 +51,7 @@ demo: $(DEMO)
 test: lint
 	$(BIN)/python -m pytest -q -n 3 -m "not gpu and not abi and not slow and not foreign"
 
-# The suite again, on four machines that this one can pose as, with one thread and with four.
+# The suite again, on the machines that this one can pose as, with one thread and with four.
 test-portable: $(STAMP)
 	PYTHON=$(BIN)/python .ci/portable
 

@@ -9,13 +9,13 @@ and of the notebook (first-steps.md) are made for each build and not kept.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.cards.gpus import GPUS
-from sdgp_cusparselt.layers.presets import default_preset
+from sdgp_cusparselt.layers.presets import Preset, default_preset
 from sdgp_cusparselt.planner.gemms import Trace, trace_step
 from sdgp_cusparselt.planner.models import PRESETS, Problem, load
 from sdgp_cusparselt.planner.plot import plot
@@ -79,16 +79,17 @@ def predictions() -> str:
     fused, losses, weights, served = [], [], [], []
     for name in PRESETS:
         problem = load(name)
-        trace = trace_step(problem.model, problem.inputs)
+        trace, usual = traced(problem, "all"), default_preset(problem.model)
         results = [forecast(trace, gpu, gpu.published) for gpu in GPUS.values()]
         problems.append(f"- {name}: {problem.description}")
-        default = [forecast(default_trace(problem), gpu, gpu.published) for gpu in GPUS.values()]
-        defaults.append([name, *(f"{r.speedup:.3f}" for r in default)])
+        default = trace if usual == "all" else traced(problem, usual)
+        by_default = [forecast(default, gpu, gpu.published) for gpu in GPUS.values()]
+        defaults.append([name, *(f"{r.speedup:.3f}" for r in by_default)])
         speedups.append([name, *(f"{r.speedup:.3f}" for r in results)])
         gaining.append([name, *map(_gaining, results)])
         saved.append([name, *(f"{ladder(r)[5].saved:.1%}" for r in results)])
         fused.append([name, *map(_before_and_after, _fused(trace))])
-        losses += _time_to_loss(name, problem)
+        losses += _time_to_loss(name, problem, {"all": trace, usual: default})
         weights.append([name, *_weights(trace)])
         served.append([name, *_served(name, trace)])
     edges = [str(break_even(gpu, gpu.published) or "none") for gpu in GPUS.values()]
@@ -124,9 +125,9 @@ def predictions() -> str:
     return "\n\n".join(["\n".join(problems), *tables])
 
 
-def default_trace(problem: Problem) -> Trace:
-    """Return a model's step with what ``convert_`` prunes by itself."""
-    return trace_step(problem.model, problem.inputs, preset=default_preset(problem.model))
+def traced(problem: Problem, preset: Preset) -> Trace:
+    """Return a model's step with what ``convert_`` prunes under a preset."""
+    return trace_step(problem.model, problem.inputs, preset=preset)
 
 
 def _fused(trace: Trace) -> list[tuple[float, float]]:
@@ -140,10 +141,10 @@ def _before_and_after(speedups: tuple[float, float]) -> str:
     return f"{speedups[0]:.3f} -> {speedups[1]:.3f}"
 
 
-def _time_to_loss(name: str, problem: Problem) -> list[list[str]]:
+def _time_to_loss(name: str, problem: Problem, known: Mapping[Preset, Trace]) -> list[list[str]]:
     """Return a row for each preset, alone and fused; none where R of a GPT says nothing."""
     rows = []
-    traces = {p: trace_step(problem.model, problem.inputs, preset=p) for p in MEASURED}
+    traces = {p: known[p] if p in known else traced(problem, p) for p in MEASURED}
     if not any(gemm.prunable for gemm in traces["readers"].gemms):
         return []
     for preset, ratio in MEASURED.items():
