@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -172,11 +173,15 @@ def _devices() -> dict[str, str]:
 def _library() -> dict[str, str]:
     import pycusparselt
 
-    try:
-        library = pycusparselt.load()
-    except (pycusparselt.LibraryNotFoundError, pycusparselt.UnsupportedVersionError) as error:
-        return {"cusparselt": f"not loaded: {error}"}
-    return {"cusparselt": f"{library.version_text} at {library.path}"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", pycusparselt.LibraryVersionWarning)
+        try:
+            library = pycusparselt.load()
+        except (pycusparselt.LibraryNotFoundError, pycusparselt.UnsupportedVersionError) as error:
+            return {"cusparselt": f"not loaded: {error}"}
+    report = {"cusparselt": f"{library.version_text} at {library.path}"}
+    known = [str(w.message) for w in caught if w.category is pycusparselt.LibraryVersionWarning]
+    return report | ({"cusparselt warning": known[0]} if known else {})
 
 
 def _owners() -> dict[str, str]:

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pycusparselt
 import pytest
 import torch
+from pycusparselt import loader
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.backends.cusparselt import CusparseLtBackend
@@ -50,6 +52,23 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch) -> None
     )
     assert result.returncode == 0, result.stderr
     assert "not loaded" in json.loads(result.stdout)["cusparselt"]
+
+
+def test_a_version_with_known_faults_is_a_line_of_the_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emulator = Emulator(build())
+    emulator.reset()
+    emulator.version(0, 8, 0)
+    monkeypatch.setattr(loader, "_libraries", {})
+    monkeypatch.setenv(loader.ENVIRONMENT_VARIABLE, str(emulator.path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parser.main(["info", "--json", "-"]) == 0
+    emulator.reset()
+    report = json.loads(capsys.readouterr().out)
+    assert report["cusparselt"].startswith("0.8.0 at ")
+    assert "regressions on H100" in report["cusparselt warning"]
 
 
 def wheel(folder: Path, name: str, version: str) -> None:
