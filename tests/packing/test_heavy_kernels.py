@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdgp_cusparselt.packing import heavy_pack, launch
+from sdgp_cusparselt.packing import heavy_pack
 from sdgp_cusparselt.packing import layout as layouts
 from sdgp_cusparselt.packing.heavy import heaviest, heavy_capacity, row_energies
 from sdgp_cusparselt.packing.heavy_pack import pack_heavy, prepare_add, prepare_heavy
@@ -20,6 +20,7 @@ from sdgp_cusparselt.packing.layout import MetadataLayout
 from sdgp_cusparselt.packing.packed import Packed24
 from sdgp_cusparselt.packing.reference import Draws, pack_operand
 from tests.helpers import same_bits
+from tests.interpreting import needs_loops
 
 SEEDS = torch.tensor([0x1234_5678_9ABC_DEF0, -(2**62) + 12345])
 LAYOUTS = (*layouts.NAMED.values(), cases.random_layout(3, 5, 3, "groups"))
@@ -60,9 +61,6 @@ for target in TARGETS:
         })
 print(json.dumps(found))
 """
-interpreted = pytest.mark.skipif(
-    not launch.interpreted(), reason="needs Triton's interpreter: TRITON_INTERPRET=1 and no GPU"
-)
 
 
 def gradient(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -117,7 +115,7 @@ def test_pairs_of_rows_add_up_to_the_heavy_rows(
     assert same_bits(whole[:rows][light], drawn[light])
 
 
-@interpreted
+@needs_loops
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_the_kernel_is_the_reference(layout: MetadataLayout) -> None:
     rows = max(64, layout.tile_rows)
@@ -130,7 +128,7 @@ def test_the_kernel_is_the_reference(layout: MetadataLayout) -> None:
     assert torch.equal(packed.buffer, pack_heavy(x, heavy, layout, Draws(SEEDS, 0)).buffer)
 
 
-@interpreted
+@needs_loops
 @pytest.mark.parametrize(
     "shape, share, dtype",
     [
@@ -149,7 +147,7 @@ def test_sizes_and_shares(shape: tuple[int, int], share: float, dtype: torch.dty
     assert torch.equal(packed.buffer, truth.buffer)
 
 
-@interpreted
+@needs_loops
 def test_special_values_stay_visible_and_seeds_may_lie_in_memory() -> None:
     x = gradient(48, 64, torch.bfloat16)
     x[3, 5], x[9, 0], x[20, 63] = torch.inf, torch.nan, -torch.inf
@@ -162,7 +160,7 @@ def test_special_values_stay_visible_and_seeds_may_lie_in_memory() -> None:
     assert dense[3, 5] == torch.inf and dense[9, 0].isnan() and dense[20, 63] == -torch.inf
 
 
-@interpreted
+@needs_loops
 def test_energies_are_right_to_rounding_and_ties_go_to_lower_rows() -> None:
     x = torch.zeros(32, 32, dtype=torch.bfloat16)
     x[::3] = 1
@@ -178,7 +176,7 @@ def test_energies_are_right_to_rounding_and_ties_go_to_lower_rows() -> None:
     assert ((energies - exact).abs() <= gamma * exact).all()
 
 
-@interpreted
+@needs_loops
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [8, 40, 1032])
 def test_the_rests_are_added(columns: int, dtype: torch.dtype) -> None:
@@ -212,7 +210,7 @@ def test_every_target_compiles(tmp_path: Path) -> None:
     assert pack and all(one["widest load"] == 16 and one["widest store"] == 16 for one in pack)
 
 
-@interpreted
+@needs_loops
 def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x = gradient(64, 64, torch.bfloat16)
     monkeypatch.setattr(heavy_pack, "_found", {})

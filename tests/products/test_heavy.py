@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import sdgp_cusparselt as sdgp
 from sdgp_cusparselt.packing.heavy import heaviest, heavy_capacity, row_energies
-from sdgp_cusparselt.packing.launch import interpreted
 from sdgp_cusparselt.packing.layout import PLAIN
 from sdgp_cusparselt.packing.packed import buffer_nbytes
 from sdgp_cusparselt.products import routes
@@ -23,6 +22,7 @@ from sdgp_cusparselt.products.heavy import (
 from sdgp_cusparselt.products.operands import LinearGradInput
 from sdgp_cusparselt.products.sparse import SparseProduct, sparse_product
 from tests.helpers import product_bound
+from tests.interpreting import needs_loops
 from tests.products.worlds import World
 
 TOKENS, OUTPUTS, INPUTS = 40, 64, 24
@@ -113,7 +113,7 @@ def test_without_a_proven_packer_the_layer_runs_plain_and_says_so(world: World) 
     assert input.grad is not None and torch.equal(input.grad, seen.mm(layer.weight.detach()))
 
 
-@pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+@needs_loops
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strided", [False, True])
 def test_kernels_and_reference_write_the_same(strided: bool, dtype: torch.dtype) -> None:
