@@ -40,6 +40,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case, contender", [_parameter(*pair) for pair in pairs])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what the emulator proves on a CPU out of the user's cache, where GPUs would read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("SDGP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def _selection(config: pytest.Config) -> Selection:
     option = config.getoption
     models = tuple(name for name in option("--bench-models").split(",") if name)

@@ -7,7 +7,6 @@ import io
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             "No CUDA device: measuring emulation and a stand-in library on this CPU. The times "
             "say that the code runs, nothing about speed."
         )
-    with _importable(root), _cache(cuda):
+    with _importable(root):
         machine = _module("bench.machine")
         folder = (args.output or results_folder(root)) / machine.folder_name()
         target = result_path(folder, time.strftime("%Y-%m-%d"), machine.library()[0])
@@ -109,23 +108,6 @@ def run(args: argparse.Namespace) -> int:
     if root != PACKAGED:
         output.note(f"tables and plots: python -m bench.report {folder}")
     return code
-
-
-@contextlib.contextmanager
-def _cache(cuda: bool) -> Iterator[None]:
-    """Keep what the emulator proves on a CPU out of the user's cache, where GPUs would read it."""
-    if cuda:
-        yield
-        return
-    before = os.environ.get("SDGP_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="sdgp-bench-") as folder:
-        os.environ["SDGP_CACHE_DIR"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["SDGP_CACHE_DIR"]
-            if before is not None:
-                os.environ["SDGP_CACHE_DIR"] = before
 
 
 def find_checkout() -> Path:

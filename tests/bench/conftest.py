@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run this checkout's code in a new process."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "bindings")))
     # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist.
@@ -18,7 +20,7 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=own | {"PYTHONPATH": paths},
+        env=own | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -36,6 +38,7 @@ def result_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_python(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen),
         f"--benchmark-json={path}",
+        SDGP_CACHE_DIR=str(path.parents[1] / "cache"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return path
