@@ -11,10 +11,10 @@ def interpreter_fault() -> str:
     if not interpreted():
         return "needs Triton's interpreter: TRITON_INTERPRET=1 and no GPU"
     # A loop's bound is an array of one element there, which NumPy no longer takes for a number.
-    if _release("triton") < (3, 7) and _release("numpy") >= (2, 5):
+    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
         return (
             f"Triton {version_of('triton')} cannot interpret a loop beside NumPy "
-            f"{version_of('numpy')}: pip install 'numpy<2.5'"
+            f"{version_of('numpy')}: pip install 'numpy<2.4'"
         )
     return ""
 
