@@ -105,7 +105,7 @@ def test_a_preset_is_worth_its_measured_ratio(
     ratio, gain = MEASURED[preset].mean, data["gpus"][0]["step_speedup"]
     assert data["steps_ratio"] == ratio
     text = " ".join(plan(capsys, *arguments).split())
-    given = f"with R = {ratio:g} ({preset}: code-lm, 1,000 steps, 3 seeds)"
+    given = f"with R = {ratio:g} ({preset}: code-lm, 2,000 steps, 3 seeds)"
     assert f"A100: {given}, {gain / ratio:.3f}x to the same loss: a win of" in text
     assert "with R = 1.5, " in " ".join(plan(capsys, *arguments, "--r", "1.5").split())
 
@@ -113,9 +113,9 @@ def test_a_preset_is_worth_its_measured_ratio(
 def test_ratios_of_presets_are_those_of_the_result_files() -> None:
     """After a new measurement, write its numbers into planner/steps_ratios.py."""
     folder = Path(__file__).parents[2] / "docs" / "results"
-    files = ["presets", *(f"dense-{steps}" for steps in (700, 800, 900, 1100))]
+    files = ["presets-2000", *(f"dense-{steps}" for steps in (1600, 1800))]
     documents = [json.loads((folder / f"code-lm-{name}.json").read_text()) for name in files]
-    found = {r.label: r for r in steps_ratios(documents) if r.steps == 1000}
+    found = {r.label: r for r in steps_ratios(documents) if r.steps == 2000}
     for ratio in MEASURED.values():
         measured = found[ratio.label]
         assert (round(measured.mean, 3), round(measured.std, 3)) == (ratio.mean, ratio.std)

@@ -39,7 +39,6 @@ def test_every_trained_way_is_predicted_and_drawn(tmp_path: Path) -> None:
     [
         ("all", {("a.q_proj", "grad_input"), ("a.o_proj", "grad_input")}),
         ("readers", {("a.q_proj", "grad_input")}),
-        ("grad_weight alone", {("a.q_proj", "grad_weight"), ("a.o_proj", "grad_weight")}),
         (
             "balanced",
             {("a.q_proj", "grad_input"), ("a.q_proj", "grad_weight"), ("a.o_proj", "grad_weight")},
