@@ -70,6 +70,9 @@ def verdict(document: dict[str, Any], metric: Metric) -> str:
     ended = [entry for entry in summary if entry["mean"] is not None]
     pruned = [entry for entry in ended if entry["method"] != "dense"]
     dense = next((entry for entry in ended if entry["method"] == "dense"), None)
+    if dense and len(summary) == 1:
+        ends = f"{document['task']}: dense ends at {metric.format(dense['mean'])}"
+        return f"{ends} {metric.words} ({spread}); nothing was pruned to set beside it."
     if not pruned:
         return f"{document['task']}: no pruned run ended with a finite {metric.name} ({spread})."
     choose = max if metric.higher_is_better else min

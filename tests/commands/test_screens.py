@@ -159,6 +159,14 @@ def test_a_verdict_where_nothing_ended() -> None:
     assert "no pruned run ended with a finite accuracy" in verdict(nothing, TASKS["digits"].metric)
 
 
+def test_a_verdict_of_dense_alone() -> None:
+    alone = document()
+    alone["summary"] = [entry for entry in alone["summary"] if entry["method"] == "dense"]
+    text = verdict(alone, TASKS["digits"].metric)
+    assert text.startswith(f"{alone['task']}: dense ends at 97.50 % accuracy")
+    assert text.endswith("nothing was pruned to set beside it.")
+
+
 def test_a_verdict_says_its_unit_once() -> None:
     digits, code = (verdict(document(), TASKS[name].metric) for name in ("digits", "code-lm"))
     assert "97.25 % accuracy, dense at 97.50" in digits
