@@ -19,7 +19,13 @@ from sdgp_cusparselt.training.equal_loss import StepsRatio, steps_ratios
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
-TRAINED = ("presets", "heavy", *(f"dense-{n}" for n in (700, 800, 900, 1100)))
+TRAINED = (
+    "presets",
+    "heavy",
+    "heavy-shares",
+    "heavy-presets",
+    *(f"dense-{n}" for n in (700, 800, 900, 1100)),
+)
 #: Name of a way in the file of predictions -> label of the trained method.
 SAME = {
     "mvue": "mvue 2:4",
@@ -28,7 +34,10 @@ SAME = {
     "readers: magnitude": "readers: magnitude 2:4",
     "grad_weight: mvue": "grad_weight: mvue 2:4",
     "balanced: mvue": "balanced: mvue 2:4",
+    "mvue, heaviest 2% of tokens exact": "mvue 2:4, heaviest 0.02 exact",
     "mvue, heaviest 6% of tokens exact": "mvue 2:4, heaviest 0.06 exact",
+    "mvue, heaviest 12% of tokens exact": "mvue 2:4, heaviest 0.12 exact",
+    "readers: mvue, heaviest 6% exact": "readers: mvue 2:4, heaviest 0.06 exact",
 }
 #: Where a dot's name stands beside it, in points.
 OFFSETS = {
