@@ -129,7 +129,7 @@ def _check_choices(
         rule = f"one of {', '.join(REDUCTIONS)}"
         raise value_error(_NAME, "reduction", rule, repr(reduction), "Pick one of these.")
     for name, value, high in (("label_smoothing", label_smoothing, 1), ("z_loss", z_loss, None)):
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise type_error(_NAME, name, "a number", repr(value), "0 is without it.")
         if not 0 <= value <= (torch.inf if high is None else high):
             rule = ">= 0" if high is None else f"in 0..{high}"

@@ -168,7 +168,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def _obstacle_of_layer(layer: nn.Module) -> str | None:
-    if not isinstance(layer, SDGPLinear | SDGPConv1D):
+    if not isinstance(layer, (SDGPLinear, SDGPConv1D)):
         return f"a {type(layer).__name__} is no converted linear layer"
     if is_watched(layer):
         return "something hooks into it"
