@@ -43,11 +43,14 @@ SAME = {
 OFFSETS = {
     "mvue": (10, 8),
     "magnitude": (8, -14),
-    "readers: mvue": (8, 8),
-    "readers: magnitude": (8, -12),
+    "readers: mvue": (10, -4),
+    "readers: magnitude": (8, -14),
     "grad_weight: mvue": (6, -22),
     "balanced: mvue": (8, 6),
-    "mvue, heaviest 6% of tokens exact": (-132, 8),
+    "mvue, heaviest 2% of tokens exact": (-136, 20),
+    "mvue, heaviest 6% of tokens exact": (-142, 10),
+    "mvue, heaviest 12% of tokens exact": (10, -18),
+    "readers: mvue, heaviest 6% exact": (14, -22),
 }
 LARGEST = 1.26
 INK, DOT = "#12355b", "#c0504d"
