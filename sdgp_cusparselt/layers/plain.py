@@ -141,7 +141,7 @@ def _reason_against_subclass(weight: Tensor, config: SDGPConfig | None) -> str |
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if isinstance(weight, FakeTensor | FunctionalTensor):
+    if isinstance(weight, (FakeTensor, FunctionalTensor)):
         return None
     if shards.is_sharded(weight):
         return None if config is None else shards.reason_against(weight, config)

@@ -22,7 +22,7 @@ def groups_along(layer: nn.Module) -> tuple[int, int]:
         (that of the inputs, which output reduces; that of the outputs, which grad_input reduces):
         (1, 0) of nn.Linear and nn.Conv2d, (0, 1) of transformers' Conv1D.
     """
-    return (INPUTS, OUTPUTS) if isinstance(layer, nn.Linear | nn.Conv2d) else (OUTPUTS, INPUTS)
+    return (INPUTS, OUTPUTS) if isinstance(layer, (nn.Linear, nn.Conv2d)) else (OUTPUTS, INPUTS)
 
 
 def as_outputs_inputs(layer: nn.Module, x: Tensor) -> Tensor:

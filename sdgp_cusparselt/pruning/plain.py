@@ -85,8 +85,8 @@ def _random_mask(groups: Tensor, at: int, n: int, generator: torch.Generator | N
     overflow = overflows(size.amax(at, keepdim=True), groups.dtype)
     if shape[at] == 4:
         codes, count = SUBSETS[n]
-        del shape[at]
-        pick = torch.randint(count, shape, device=groups.device, **_source(generator))
+        left = shape[:at] + shape[at + 1 :]
+        pick = torch.randint(count, left, device=groups.device, **_source(generator))
         code = codes >> (4 * pick) & 15
         drawn = torch.stack([(code >> i & 1).bool() for i in range(4)], at)
         return torch.where(overflow, _largest_of_four(size, at, n), drawn)
