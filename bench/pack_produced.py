@@ -16,11 +16,9 @@ from bench.pack_count import COLS, LAYOUTS, ROWS, TARGETS, WIDE, WORD, count, wr
 from bench.pack_model import CARDS, DRAM_SHARE, Card, Pass, clones
 from sdgp_cusparselt.packing import variants
 from sdgp_cusparselt.packing.variants import PackVariant, ProducedVariant, ProducerKind, Target
-from sdgp_cusparselt.versions import version_of
 
-#: Of the time that the bytes take. Compilers differ: a cross-entropy packed both ways, the dearest,
-#: takes 1.036 by Triton 3.4, 1.082 by 3.6, 1.044 by 3.7 and 1.104 by 3.9 on an H100.
-LIMIT = 1.05 if version_of("triton").startswith("3.7.") else 1.11
+#: Of the time that the bytes take.
+LIMIT = 1.05
 LIMITED = ("A100-80", "H100")
 
 
