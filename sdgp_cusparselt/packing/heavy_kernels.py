@@ -185,9 +185,10 @@ def add_rest_kernel(
     """
     extra, column = block_start(1, BLOCK)
     pair = column // 2 + tl.arange(0, BLOCK // 2)
-    inside = (pair // 4 < num_octets) & (extra < num_extra)
+    # Triton 3.9 does not interpret a mask made of a comparison of two scalars.
+    inside = (pair // 4 < num_octets) & (pair * 0 + extra < num_extra)
     width = num_octets.to(tl.int64) * 4
-    row = tl.load(rows_ptr + extra, mask=extra < num_extra, other=0)
+    row = tl.load(rows_ptr + tl.minimum(extra, num_extra - 1))
     into = product_ptr + row.to(tl.int64) * width + pair
     rest = product_ptr + (num_rows + extra).to(tl.int64) * width + pair
     low, high = floats_of(tl.load(into, mask=inside, other=0), DTYPE)

@@ -33,6 +33,23 @@ SECOND_IS_1 = tl.constexpr(0x40003200)
 SECOND_IS_2 = tl.constexpr(-0x7FFFAC00)
 SECOND_IS_3 = tl.constexpr(-0x3FFF8A00)
 
+# What ``drawn_two`` compares and selects. In one piece: left to itself, the compiler makes the
+# comparisons of many groups first, and pays as much again to keep more of them than it has
+# predicates for.
+PTX_DRAWN_TWO = tl.constexpr(
+    """{ .reg .pred p, q; .reg .b32 a, b;
+    setp.lt.f32 q, $1, $4;
+    selp.b32 a, 0x10000032, 0x20000054, q;
+    setp.gt.and.f32 q, $2, $7, q;
+    setp.gt.and.f32 q, $6, 0f00000000, q;
+    selp.b32 b, 0x80005400, 0xC0007600, q;
+    setp.lt.f32 p, $1, $3;
+    selp.b32 a, 0x00000010, a, p;
+    setp.gt.and.f32 p, $2, $5, p;
+    selp.b32 b, 0x40003200, b, p;
+    or.b32 $0, a, b; }"""
+)
+
 
 @triton.jit
 def _float(bits):
@@ -94,7 +111,31 @@ def _at_random(word, N: tl.constexpr):
 
 
 @triton.jit
-def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr):
+def drawn_two(before, behind, a0, left_two, right_two, a2, a3, NATIVE: tl.constexpr):
+    """The selector of the members that hold two points of a line, as ``sampling.mvue_two`` says.
+
+    Args:
+        before: float32, how far the first point lies behind the line's start.
+        behind: how far the second lies before its end.
+        a0, left_two, right_two, a2, a3: |x0|, |x0| + |x1|, |x2| + |x3|, |x2|, |x3|.
+    """
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            PTX_DRAWN_TWO, "=r,f,f,f,f,f,f,f",
+            [before, behind, a0, left_two, right_two, a2, a3],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        is0, below2 = before < a0, before < left_two
+        left = tl.where(is0, FIRST_IS_0, tl.where(below2, FIRST_IS_1, FIRST_IS_2))
+        second_is_1 = (behind > right_two) & is0
+        second_is_2 = (behind > a3) & below2 & (a2 > 0)
+        right = tl.where(second_is_1, SECOND_IS_1, tl.where(second_is_2, SECOND_IS_2, SECOND_IS_3))
+        return left | right
+
+
+@triton.jit
+def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr, NATIVE: tl.constexpr):
     """The selector of the drawn, whether the first is it (N = 1), and what each is worth.
 
     ``sampling.mvue_two`` and ``mvue_one`` say why. word: 128 + the random bits / 2**16, as bits.
@@ -113,12 +154,8 @@ def _by_mvue(a0, a1, a2, a3, word, N: tl.constexpr):
         half = _smaller(total * 0.5, others)
         before = uniform * half
         behind = half - before
-        is0, below2 = before < a0, before < left_two
-        left = tl.where(is0, FIRST_IS_0, tl.where(below2, FIRST_IS_1, FIRST_IS_2))
-        second_is_1 = (behind > right_two) & is0
-        second_is_2 = (behind > a3) & below2 & (a2 > 0)
-        right = tl.where(second_is_1, SECOND_IS_1, tl.where(second_is_2, SECOND_IS_2, SECOND_IS_3))
-        return left | right, is0, half, total
+        selector = drawn_two(before, behind, a0, left_two, right_two, a2, a3, NATIVE)
+        return selector, before < a0, half, total
 
 
 @triton.jit
@@ -154,7 +191,7 @@ def choose(
         a2, a3 = sizes_of(high, DTYPE)
         # total * 0 is +0, or NaN if any of the four is Inf or NaN: an overflow stays visible.
         if METHOD == MVUE:
-            selector, first, worth, total = _by_mvue(a0, a1, a2, a3, word, N)
+            selector, first, worth, total = _by_mvue(a0, a1, a2, a3, word, N, NATIVE)
             kept = permute(low, high, selector, NATIVE)
             values = raise_to(kept, worth + total * 0.0, DTYPE, NATIVE)
         else:

@@ -1,10 +1,11 @@
-"""What the few PTX instructions of ``packing.halves`` do, in NumPy, written from the PTX manual.
+"""What the few PTX instructions of ``packing`` do, in NumPy, written from the PTX manual.
 
 Every half is widened to float64, where products and sums of two 16-bit floats are exact, and
 rounded once: an emulation that shares nothing with the code it judges.
 """
 
 import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +79,12 @@ def _max_nan(x: NDArray[np.uint32], y: NDArray[np.uint32], kind: str) -> NDArray
     return np.where(np.isnan(a) | np.isnan(b), NAN, larger).astype(np.uint32)
 
 
+def _setp(comparison: str, a: Words, b: Words) -> NDArray[np.bool_]:
+    """Compare two float32; ordered: false where either is NaN."""
+    x, y = a.view(np.float32), b.view(np.float32)
+    return {"lt": x < y, "gt": x > y}[comparison]
+
+
 def _fma(
     x: NDArray[np.uint32], y: NDArray[np.uint32], z: NDArray[np.uint32], kind: str
 ) -> NDArray[np.uint32]:
@@ -87,15 +94,17 @@ def _fma(
 @np.errstate(all="ignore")
 def run(asm: str, operands: dict[str, Words]) -> Words:
     """Execute PTX text on registers that hold 32-bit words; return $0."""
-    registers = dict(operands)
+    registers: dict[str, Words | NDArray[np.bool_]] = dict(operands)
     count = len(next(iter(operands.values())))
 
-    def value(name: str) -> Words:
+    def value(name: str) -> Any:
         if name in registers:
             return registers[name]
-        return np.full(count, int(name, 0), dtype=np.uint32)
+        # 0f is followed by the bits of a float32.
+        bits = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
+        return np.full(count, bits, dtype=np.uint32)
 
-    body = re.sub(r"\.reg\s+\.b32[^;]*;", "", asm.replace("{", "").replace("}", ""))
+    body = re.sub(r"\.reg\s+\.(b32|pred)[^;]*;", "", asm.replace("{", "").replace("}", ""))
     for statement in filter(None, (line.strip() for line in body.split(";"))):
         opcode, _, rest = statement.partition(" ")
         target, *names = (name.strip() for name in rest.split(","))
@@ -103,6 +112,13 @@ def run(asm: str, operands: dict[str, Words]) -> Words:
         base = opcode.split(".")[0]
         if base == "mov":
             result = value(names[0])
+        elif opcode == "or.b32":
+            result = value(names[0]) | value(names[1])
+        elif opcode in ("setp.lt.f32", "setp.gt.and.f32"):
+            result = _setp(opcode.split(".")[1], value(names[0]), value(names[1]))
+            result = result & value(names[2]) if ".and." in opcode else result
+        elif opcode == "selp.b32":
+            result = np.where(value(names[2]), value(names[0]), value(names[1]))
         elif base == "prmt":
             result = _prmt(*(value(name) for name in names))
         elif base == "lop3":

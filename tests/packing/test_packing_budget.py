@@ -72,6 +72,7 @@ def test_every_branch_of_ptx_is_in_the_kernels(reports: Reports) -> None:
                     if word.startswith(f"{opcode}."):
                         assert word in found[dtype], (dtype, word)
     every = set().union(*(one["ptx"] for one in reports if one["kind"] != "produced"))
+    assert {"setp.lt.f32", "setp.gt.and.f32", "selp.b32", "or.b32"} <= every
     assert not [opcode for opcode in every if ".ftz" in opcode]
     # The reference rounds after every operation; a contracted product would not.
     assert "fma.rn.f32" not in every

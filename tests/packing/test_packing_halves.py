@@ -1,4 +1,4 @@
-"""The two branches of ``packing.halves``: PTX, emulated, against what the interpreter runs."""
+"""What packing says in PTX, emulated, against its twin, which the interpreter runs."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="the device functions are Triton's")
 import triton.language as tl  # noqa: E402
 
-from sdgp_cusparselt.packing import halves, starting  # noqa: E402
+from sdgp_cusparselt.packing import halves, selection, starting  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not starting.interpreted(), reason="the twin is what the interpreter runs"
@@ -39,6 +39,17 @@ def _run(
         got = halves.raise_to(tl.load(a + at), amount, DTYPE, NATIVE)
     else:
         got = halves.without_negative_zero(tl.load(a + at))
+    tl.store(out + at, got)
+
+
+@triton.jit
+def _run_drawn(out, points, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    before, behind = tl.load(points + at), tl.load(points + SIZE + at)
+    a0, left_two = tl.load(points + 2 * SIZE + at), tl.load(points + 3 * SIZE + at)
+    right_two = tl.load(points + 4 * SIZE + at)
+    a2, a3 = tl.load(points + 5 * SIZE + at), tl.load(points + 6 * SIZE + at)
+    got = selection.drawn_two(before, behind, a0, left_two, right_two, a2, a3, False)
     tl.store(out + at, got)
 
 
@@ -146,6 +157,28 @@ def test_raise_to(dtype: torch.dtype) -> None:
         )
         assert torch.equal(value.float().abs().nan_to_num(-1), want.nan_to_num(-1))
         assert torch.equal(value.signbit(), given.signbit())
+
+
+def test_the_selector_of_two_drawn() -> None:
+    """Every order of a few sizes and points, ties, zeros, Inf and NaN among them."""
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, torch.inf, torch.nan])
+    members = torch.cartesian_prod(*[sizes] * 4)
+    points = torch.cartesian_prod(*[torch.tensor([0.0, 0.75, 1.0, 1.5, 2.0, torch.nan])] * 2)
+    a0, a1, a2, a3 = members.repeat_interleave(len(points), 0).T
+    before, behind = points.repeat(len(members), 1).T
+    rows = [before, behind, a0, a0 + a1, a2 + a3, a2, a3]
+    count = len(a0)
+    size = 1 << (count - 1).bit_length()
+    given = torch.zeros(7, size)
+    given[:, :count] = torch.stack(rows)
+    out = torch.empty(size, dtype=torch.int32)
+    _run_drawn[(1,)](out, given, SIZE=size)
+    got = out[:count].numpy().view(np.uint32)
+    asm = str(selection.PTX_DRAWN_TWO.value)
+    bits = [row.contiguous().view(torch.int32) for row in rows]
+    assert np.array_equal(got, emulated(asm, *bits))
+    # Every pair of members, in order; what each names is ``sampling``'s to judge.
+    assert set((got >> 28).tolist()) == {1 << 2, 2 << 2, 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2}
 
 
 def nan_half(words: Tensor, dtype: torch.dtype) -> Tensor:
