@@ -163,8 +163,8 @@ from sdgp_cusparselt.weights import transposable_kernel as k
 
 names = k.mask_kernel.arg_names
 constants = {"ABSOLUTE": True, "TABLE": k.TABLE, "BLOCKS": k.BLOCKS}
-for target in TARGETS:
-    for dtype in ("*fp32", "*bf16", "*fp16"):
+for target, dtypes in zip(TARGETS, (["*fp32"], ["*bf16", "*fp16"], ["*bf16"], ["*bf16"])):
+    for dtype in dtypes:
         types = {"scores_ptr": dtype, "mask_ptr": "*i8", **dict.fromkeys(constants, "constexpr")}
         signature = {name: types.get(name, "i32") for name in names}
         source = ASTSource(
@@ -186,7 +186,7 @@ def test_the_kernel_compiles_for_every_target_and_reads_once() -> None:
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
     )
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(lines) == 12, done.stderr[-2000:]
+    assert done.returncode == 0 and len(lines) == 5, done.stderr[-2000:]
     for _, _, shared, loads, stores, barriers, additions in lines:
         # One access for each of a block's rows, nothing through shared memory, and no sum twice:
         # 24 of pairs, 36 and 36 of two rows, 90 of four.
