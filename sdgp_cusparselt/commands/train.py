@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_METHODS,
         metavar="LIST",
         help="dense, or a prune method with an optional n:m such as magnitude@1:4, an optional "
-        "share of heavy tokens such as mvue+heavy=0.06, and an optional method for grad_weight "
-        "such as none+grad_weight=mvue, after an optional preset such as readers:mvue, separated "
-        "by commas "
+        "share of heavy tokens such as mvue+heavy=0.06, of steps that are dense such as "
+        "mvue+warmup=0.2+tail=0.1, and an optional method for grad_weight such as "
+        "none+grad_weight=mvue, after an optional preset such as readers:mvue, separated by commas "
         "(default: %(default)s)",
     )
     what.add_argument(

@@ -6,6 +6,7 @@ from typing import cast
 
 from sdgp_cusparselt.config.choices import BackendName, SDGPConfig
 from sdgp_cusparselt.config.patterns import METHODS, PruneMethod
+from sdgp_cusparselt.config.schedule import Schedule
 from sdgp_cusparselt.errors import value_error
 from sdgp_cusparselt.layers.presets import Preset
 from sdgp_cusparselt.training.weight_methods import STRUCTURELESS, WEIGHT_METHODS
@@ -15,8 +16,11 @@ DENSE = "dense"
 NONE = "none"
 
 _PATTERN = re.compile(
-    r"((?P<preset>readers|balanced):)?(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+heavy=(?P<heavy>[01]?(\.\d+)?))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
+    r"((?P<preset>readers|balanced):)?(?P<prune>[a-z_]+)(@(?P<n>\d+):(?P<m>\d+))?(\+heavy=(?P<heavy>[01]?(\.\d+)?))?"
+    r"(\+warmup=(?P<warmup>0?\.\d+))?(\+tail=(?P<tail>0?\.\d+))?(\+grad_weight=(?P<grad_weight>[a-z_]+))?"
 )
+#: Steps with which shares of them are checked before a training's length is known.
+_MANY = 1000
 #: Before the name of a row of ``WEIGHT_METHODS``.
 WEIGHTS = "weights="
 
@@ -80,6 +84,8 @@ class Method:
         grad_weight: prune method of the second product; None leaves it dense.
         preset: which layers of a transformer; see ``convert_``.
         heavy_tokens: of ``SDGPConfig``.
+        warmup: share of the steps that is dense at the start.
+        tail: likewise at the end.
         weights: name in ``WEIGHT_METHODS``; gradients are then dense but for what it prunes.
     """
 
@@ -89,6 +95,8 @@ class Method:
     grad_weight: str | None = None
     preset: Preset = "all"
     heavy_tokens: float = 0.0
+    warmup: float = 0.0
+    tail: float = 0.0
     weights: str = ""
 
     @property
@@ -106,6 +114,8 @@ class Method:
         pattern = f"{self.n}:{self.m}"
         parts = [f"{self.prune} {pattern}"] if self.prune != NONE or not self.grad_weight else []
         parts += [f"heaviest {self.heavy_tokens:.3g} exact"] if self.heavy_tokens else []
+        parts += [f"first {self.warmup:.3g} dense"] if self.warmup else []
+        parts += [f"last {self.tail:.3g} dense"] if self.tail else []
         parts += [f"grad_weight: {self.grad_weight} {pattern}"] if self.grad_weight else []
         which = "" if self.preset == "all" else f"{self.preset}: "
         return which + ", ".join(parts)
@@ -118,6 +128,8 @@ class Method:
         if self.weights:
             return f"{WEIGHTS}{self.weights}"
         suffix = f"+heavy={self.heavy_tokens:g}" if self.heavy_tokens else ""
+        suffix += f"+warmup={self.warmup:g}" if self.warmup else ""
+        suffix += f"+tail={self.tail:g}" if self.tail else ""
         suffix += f"+grad_weight={self.grad_weight}" if self.grad_weight else ""
         which = "" if self.preset == "all" else f"{self.preset}:"
         return f"{which}{self.prune}@{self.n}:{self.m}{suffix}"
@@ -134,6 +146,11 @@ class Method:
         return not self.is_dense and self.prune != NONE and self.n < self.m
 
     @property
+    def pruned_share(self) -> float:
+        """Share of the steps that prune."""
+        return 1.0 - self.warmup - self.tail
+
+    @property
     def passes(self) -> int:
         """How often the task's recipe is gone through."""
         return WEIGHT_METHODS[self.weights].passes if self.weights else 1
@@ -146,14 +163,18 @@ class Method:
         """
         return WEIGHT_METHODS[self.weights].build(steps) if self.weights else None
 
-    def config(self, backend: BackendName = "auto") -> SDGPConfig | None:
+    def config(
+        self, backend: BackendName = "auto", total_steps: int | None = None
+    ) -> SDGPConfig | None:
         """Return the conversion's config, or None for dense.
 
         Args:
             backend: of ``SDGPConfig``. A forced cusparselt raises where it cannot run.
+            total_steps: of the training; None where no schedule is asked for.
 
         Raises:
-            ValueError: n and m do not go together or with this prune method.
+            ValueError: n and m do not go together or with this prune method, or nothing lies
+                between warm-up and tail.
         """
         if self.is_dense:
             return None
@@ -168,6 +189,9 @@ class Method:
             on_unsupported="raise" if backend == "cusparselt" else "emulate",
             on_slower="emulate",
         )
+        if (self.warmup or self.tail) and total_steps is not None:
+            schedule = Schedule(total_steps=total_steps, warmup=self.warmup, tail=self.tail)
+            config = config.replace(schedule=schedule)
         if self.grad_weight is None:
             return config
         grad_weight_prune = cast(PruneMethod, self.grad_weight)
@@ -177,7 +201,8 @@ class Method:
 def parse_method(text: str) -> Method:
     """Read ``dense``, ``magnitude`` (then 2:4), ``magnitude@n:m``, ``...+grad_weight=mvue``.
 
-    A preset may stand before it: ``readers:mvue``; and heavy tokens behind it: ``mvue+heavy=0.06``.
+    A preset may stand before it: ``readers:mvue``; behind it heavy tokens, ``mvue+heavy=0.06``, and
+    shares of the steps that are dense, ``mvue+warmup=0.2+tail=0.1``.
 
     Args:
         text: one entry of ``--methods``.
@@ -195,23 +220,24 @@ def parse_method(text: str) -> Method:
     if match is None or not _is_known(match):
         rule = (
             f"dense, or one of {', '.join(METHODS)}, optionally with readers: or balanced: before "
-            "it, and @n:m, +heavy=SHARE and +grad_weight=METHOD behind it, or weights= and one of "
+            "it, and @n:m, +heavy=SHARE, +warmup=SHARE, +tail=SHARE and +grad_weight=METHOD behind "
+            "it, or weights= and one of "
             f"{', '.join(WEIGHT_METHODS)}"
         )
         fix = "Write for example magnitude, rescaled_magnitude@4:8 or none+grad_weight=mvue."
         raise value_error("parse_method", "text", rule, repr(text), fix)
     n, m = (int(match["n"]), int(match["m"])) if match["n"] else (2, 4)
     preset = cast(Preset, match["preset"] or "all")
-    heavy = float(match["heavy"] or 0)
-    method = Method(match["prune"], n, m, match["grad_weight"], preset, heavy)
-    method.config()
+    heavy, warmup, tail = (float(match[part] or 0) for part in ("heavy", "warmup", "tail"))
+    method = Method(match["prune"], n, m, match["grad_weight"], preset, heavy, warmup, tail)
+    method.config(total_steps=_MANY)
     return method
 
 
 def _is_known(match: re.Match[str]) -> bool:
     if match["prune"] == DENSE:
         return not match["n"] and not any(
-            match[part] for part in ("grad_weight", "preset", "heavy")
+            match[part] for part in ("grad_weight", "preset", "heavy", "warmup", "tail")
         )
     return match["prune"] in METHODS and match["grad_weight"] in (None, *METHODS)
 

@@ -139,7 +139,7 @@ class Trainer:
         self.converted: list[str] = []
         self.skipped: dict[str, str] = {}
         self.pruned: list[str] = []  # those whose grad_input is pruned
-        config = spec.method.config(spec.backend)
+        config = spec.method.config(spec.backend, self.total_steps)
         weights = spec.weight_recipe(self.dataset)
         if weights is not None:
             report = sparsify_(self.model, weights, config=config)
@@ -155,7 +155,7 @@ class Trainer:
                 self._pass_step(step), self.steps_per_pass, spec.recipe.peak_fraction
             ),
         )
-        if weights is not None:
+        if weights is not None or (config is not None and config.schedule is not None):
             step_with(self.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=spec.precision == "fp16")
         # Conversion may draw random numbers; what follows must not depend on it.

@@ -142,7 +142,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "converted": trainer.converted,
         "skipped": trainer.skipped,
         "grad_input_flops": trainer.flops.by_layer,
-        "pruned_flop_share": trainer.flops.share(trainer.pruned),
+        "pruned_flop_share": trainer.flops.share(trainer.pruned) * trainer.spec.method.pruned_share,
         "backends": trainer.backends,
         "history": history,
     }

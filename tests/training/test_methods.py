@@ -21,6 +21,8 @@ def test_spelling_is_read_back() -> None:
     assert parse_method(" magnitude ") == Method("magnitude", 2, 4)
     assert parse_method("mvue@1:2") == Method("mvue", 1, 2)
     assert parse_method("none+grad_weight=mvue") == Method("none", 2, 4, "mvue")
+    phases = "readers:mvue@2:4+heavy=0.06+warmup=0.2+tail=0.1+grad_weight=mvue"
+    assert parse_method(phases).spelling == phases
 
 
 def test_labels_and_slugs() -> None:
@@ -33,6 +35,18 @@ def test_labels_and_slugs() -> None:
     readers = parse_method("readers:mvue")
     assert readers == Method("mvue", preset="readers")
     assert (readers.label, readers.slug) == ("readers: mvue 2:4", "readers-mvue-2of4")
+
+
+def test_shares_of_the_steps_that_are_dense() -> None:
+    method = parse_method("mvue+warmup=0.2+tail=.1")
+    assert method == Method("mvue", warmup=0.2, tail=0.1)
+    assert method.label == "mvue 2:4, first 0.2 dense, last 0.1 dense"
+    assert method.slug == "mvue-2of4+warmup-0.2+tail-0.1"
+    assert method.pruned_share == pytest.approx(0.7)
+    config = method.config(total_steps=50)
+    assert config is not None and config.schedule is not None
+    stages = [config.schedule.stage(step, config.prune, 2, 4).prune for step in range(50)]
+    assert stages == ["none"] * 10 + ["mvue"] * 35 + ["none"] * 5
 
 
 def test_gradient_bias_compares_four_methods_for_each_product() -> None:
@@ -87,6 +101,9 @@ def test_every_row_of_table1_prunes_the_same_layers(task: object) -> None:
         ("dense+grad_weight=mvue", "got 'dense+grad_weight=mvue'"),
         ("none+grad_weight=dense", "got 'none+grad_weight=dense'"),
         ("magnitude@2:8+grad_weight=mvue", "grad_weight must be"),
+        ("dense+warmup=0.2", "got 'dense+warmup=0.2'"),
+        ("mvue+warmup=2", "got 'mvue+warmup=2'"),
+        ("mvue+warmup=0.6+tail=0.4", "warmup, tail and settle must be below total_steps"),
         ("magnitude@2", "got 'magnitude@2'"),
         ("magnitude@-1:4", "got 'magnitude@-1:4'"),
         ("magnitude@5:4", "n must be"),

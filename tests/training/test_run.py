@@ -16,7 +16,7 @@ from sdgp_cusparselt.training.methods import parse_method
 from sdgp_cusparselt.training.optimizers import build_optimizer
 from sdgp_cusparselt.training.recipe import Recipe
 from sdgp_cusparselt.training.run import Precision, RunSpec, Stopped, Trainer
-from sdgp_cusparselt.training.sweep import execute
+from sdgp_cusparselt.training.sweep import describe, execute
 from sdgp_cusparselt.training.tasks import Task
 
 
@@ -44,6 +44,7 @@ CASES = [
     ("augmented_task", "random", "fp32"),
     ("image_task", "random", "fp32"),
     ("image_task", "mvue", "fp32"),
+    ("image_task", "mvue+warmup=0.4+tail=0.3", "fp32"),
     ("text_task", "rescaled_magnitude", "fp32"),
     ("text_task", "random", "bf16"),
 ]
@@ -222,6 +223,35 @@ def test_pruning_changes_the_weights_and_none_does_not(image_task: Task) -> None
     assert same(final["dense"], final["none"])
     assert not same(final["dense"], final["magnitude"])
     assert not same(final["magnitude"], final["random"])
+
+
+def test_a_share_of_the_steps_is_dense(image_task: Task) -> None:
+    """To the bit: a warm-up is a dense run that begins to prune, a tail a pruned one that ends."""
+    names = ("dense", "mvue", "mvue+warmup=0.5", "mvue+tail=0.5")
+    runs, after = [], []
+    for name in names:
+        trainer = make(image_task, name)
+        after.append([parameters_after_a_step(trainer) for _ in range(trainer.total_steps)])
+        runs.append(trainer)
+    total = runs[0].total_steps
+    begin, end = round(0.5 * total), total - round(0.5 * total)
+    for step, (dense, pruned, warmed, ended) in enumerate(zip(*after, strict=True)):
+        assert not same(dense, pruned)
+        assert same(dense, warmed) == (step < begin)
+        assert same(pruned, ended) == (step < end)
+    shares = [describe(trainer)["pruned_flop_share"] for trainer in map(finished, runs)]
+    assert shares[0] == 0 and shares[2] == shares[3] == shares[1] / 2
+
+
+def parameters_after_a_step(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Without what a schedule counts, which is in the state dict too."""
+    trainer.train_step()
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def finished(trainer: Trainer) -> Trainer:
+    trainer.record()
+    return trainer
 
 
 def test_dense_equals_a_plain_loop(text_task: Task) -> None:
