@@ -10,6 +10,7 @@ A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end of KIND -->``;
 - ``steps-ratio``: R, steps to the same loss over those of dense training, from a sweep and dense
   runs of other lengths;
 - ``gradient-quality``: R as docs/gradient_quality.py predicts it;
+- ``critical-batch``: of the same script, R of larger batches and what a dense end is decided by;
 - ``preset-gain``: time to the same loss of each preset, as docs/preset_gain.py predicts it;
 - ``csr-products``: dense time / CSR time, as docs/csr_products.py measured it.
 """
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdgp_cusparselt.commands.quality import LARGER
 from sdgp_cusparselt.training.equal_loss import ratio_rows, steps_ratios
 from sdgp_cusparselt.training.report import markdown_rows
 from sdgp_cusparselt.training.tasks import TASKS
@@ -173,6 +175,18 @@ def quality_table(documents: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def critical_table(documents: list[dict[str, Any]]) -> str:
+    """Return a row per step and way: R of this batch and of 4, the mean over pruning's noise."""
+    lines = [["step", "critical batch", "way", "R", "R, 4 times the batch", "signal"]]
+    for step, rows in documents[0]["measured_at"].items():
+        for row in rows:
+            critical = row["critical_batches"]
+            larger = 1 + row["rho"] / (1 + LARGER / critical)
+            ratios = f"{row['steps_ratio']:.3f}", f"{larger:.3f}"
+            lines.append([step, f"{critical:.1f}", row["name"], *ratios, f"{row['signal']:.1f}"])
+    return markdown_rows(lines)
+
+
 def gain_table(documents: list[dict[str, Any]]) -> str:
     """Return a row per model and way: dense time / time to the same loss on each card."""
     gains, ratios = documents[0]["gains"], documents[0]["R"]
@@ -200,6 +214,7 @@ TABLES: dict[str, Callable[[Documents, list[str]], str]] = {
     "gradient-bias": lambda documents, _: bias_table(documents),
     "steps-ratio": lambda documents, _: ratio_table(documents),
     "gradient-quality": lambda documents, _: quality_table(documents),
+    "critical-batch": lambda documents, _: critical_table(documents),
     "preset-gain": lambda documents, _: gain_table(documents),
     "csr-products": lambda documents, _: csr_table(documents),
 }

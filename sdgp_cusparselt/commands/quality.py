@@ -23,6 +23,9 @@ from sdgp_cusparselt.telemetry.quality import (
 from sdgp_cusparselt.training.quality_run import as_rows, dense_trainer, measure
 from sdgp_cusparselt.training.recipe_file import open_task
 
+#: Times the recipe's batch, for which R is predicted as well.
+LARGER = 4
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``sdgp quality``."""
@@ -96,11 +99,19 @@ def _print(
     for title, rows in (("presets", presets), ("one group of layers at a time", groups)):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         table.add_column("pruned", overflow="fold")
-        for column in ("share of FLOPs", "R = 1 + rho", "bias"):
+        for column in ("share of FLOPs", "R = 1 + rho", f"batch x {LARGER}", "bias", "signal"):
             table.add_column(column, justify="right")
         for row in rows:
-            numbers = f"{row.flop_share:.1%}", f"{row.steps_ratio:.3f}", f"{row.bias:.3f}"
-            table.add_row(row.name, *numbers)
+            ratios = f"{row.steps_ratio:.3f}", f"{row.steps_ratio_at(LARGER):.3f}"
+            table.add_row(
+                row.name, f"{row.flop_share:.1%}", *ratios, f"{row.bias:.3f}", f"{row.signal:.1f}"
+            )
         output.print()
         output.print(table)
     output.prose("R counts steps to the same loss; a bias does not average out and is not in it.")
+    critical = (presets + groups)[0].critical_batches
+    output.prose(
+        f"The critical batch is about {critical:.2g} of these batches: of larger ones noise limits "
+        f"the progress less, and R is smaller. signal: the mean gradient over the pruning's noise; "
+        "below 1.7, the square root of 3, a dense end is worth a try."
+    )

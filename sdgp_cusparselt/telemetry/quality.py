@@ -6,9 +6,14 @@ R   = 1 + rho: steps that the same loss takes, over those of dense training
 A stochastic gradient of variance S that becomes S + V needs, where noise limits the progress, about
 (S + V) / S times as many steps. A bias does not average out and is reported beside it: where it is
 not small, R says too little.
+
+With G the mean gradient, S / |G|^2 is how many batches the critical batch is: of larger ones noise no
+longer limits the progress, that of pruning neither. A batch b times as large has both variances
+divided by b, and needs (|G|^2 + (S + V) / b) / (|G|^2 + S / b) times as many steps.
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +44,8 @@ class GradientQuality:
         bias: length of the mean error over the length of the mean gradient; 0 for mvue up to noise.
         layers: weight's name -> (rho, bias), of that weight alone.
         flop_share: share of the linear layers' grad_input and grad_weight that is pruned.
+        critical_batches: variance of the batches over the squared length of the mean gradient: how
+            many batches the critical batch is. Inf where noise hides the mean gradient.
     """
 
     name: str
@@ -46,11 +53,40 @@ class GradientQuality:
     bias: float
     layers: dict[str, tuple[float, float]]
     flop_share: float
+    critical_batches: float = math.inf
 
     @property
     def steps_ratio(self) -> float:
         """R = 1 + rho: predicted steps to the same loss, over those of dense training."""
         return 1 + self.rho
+
+    def steps_ratio_at(self, batches: float) -> float:
+        """Return R with larger batches: R = 1 + rho / (1 + batches / critical_batches).
+
+        Args:
+            batches: how many of those that were measured make one.
+
+        Raises:
+            ValueError: batches is not above 0.
+
+        Source:
+            McCandlish et al. (arXiv 1812.06162), the noise scale S / |G|^2.
+        """
+        if not batches > 0:
+            fix = "4 is four times the batch that was measured."
+            raise value_error("steps_ratio_at", "batches", "> 0", batches, fix)
+        if self.critical_batches == 0:
+            return 1.0
+        return 1 + self.rho / (1 + batches / self.critical_batches)
+
+    @property
+    def signal(self) -> float:
+        """Length of the mean gradient over the pruning's noise, its standard deviation.
+
+        Below sqrt(3) training in FP4 was seen to stall (Chmiel et al., arXiv 2505.19115).
+        """
+        noise = self.rho * self.critical_batches
+        return noise**-0.5 if noise > 0 else math.inf
 
 
 class _Moments:
@@ -208,7 +244,8 @@ def _summary(
     energy = sum(moments.squared_mean for moments in dense.values())
     rho = _ratio(sum(moments.variance for moments in errors.values()), sampling)
     bias = _ratio(sum(moments.squared_mean for moments in errors.values()), energy) ** 0.5
-    return GradientQuality(name, rho, bias, layers, share)
+    critical = sampling / energy if energy > 0 else math.inf
+    return GradientQuality(name, rho, bias, layers, share, critical)
 
 
 def _ratio(part: float, whole: float) -> float:

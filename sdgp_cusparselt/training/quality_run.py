@@ -1,5 +1,6 @@
 """Gradient quality of a task's own network: trained densely for a while, then measured."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -83,5 +84,17 @@ def measure(
 
 
 def as_rows(found: list[GradientQuality]) -> list[dict[str, Any]]:
-    """Return the variants as plain values, with R beside rho."""
-    return [asdict(quality) | {"steps_ratio": quality.steps_ratio} for quality in found]
+    """Return the variants as plain values, with R beside rho; what is not finite is None."""
+    return [
+        asdict(quality)
+        | {
+            "steps_ratio": quality.steps_ratio,
+            "critical_batches": _finite(quality.critical_batches),
+            "signal": _finite(quality.signal),
+        }
+        for quality in found
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -65,7 +65,22 @@ def test_rho_is_the_variance_that_two_independent_formulas_give() -> None:
     squared_bias = float(error.mean(0).square().sum() - error.var(0).sum() / NUM_BATCHES)
     energy = float(dense.mean(0).square().sum() - dense.var(0).sum() / NUM_BATCHES)
     assert found.bias == pytest.approx(math.sqrt(squared_bias / energy), rel=1e-4)
+    assert found.critical_batches == pytest.approx(float(dense.var(0).sum()) / energy, rel=1e-4)
+    assert found.signal == pytest.approx((energy / float(error.var(0).sum())) ** 0.5, rel=1e-4)
     assert found.layers["down.weight"] == (0, 0), "its own gradient does not see its grad_input"
+
+
+def test_larger_batches_divide_both_variances() -> None:
+    sampling, added, energy = 12.0, 3.0, 2.0
+    found = GradientQuality("x", added / sampling, 0.0, {}, 0.5, sampling / energy)
+    for batches in (0.5, 1, 4, 100):
+        noisy = energy + (sampling + added) / batches
+        assert found.steps_ratio_at(batches) == pytest.approx(noisy / (energy + sampling / batches))
+    assert found.signal == pytest.approx((energy / added) ** 0.5)
+    unknown = GradientQuality("x", 0.25, 0.0, {}, 0.5)
+    assert unknown.steps_ratio_at(4) == unknown.steps_ratio == 1.25 and unknown.signal == 0
+    with pytest.raises(ValueError, match="batches must be > 0, got 0"):
+        found.steps_ratio_at(0)
 
 
 def test_mvue_has_no_bias_and_magnitude_has_one() -> None:

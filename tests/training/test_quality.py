@@ -1,6 +1,7 @@
 """sdgp quality: from the command line to a table, a recommendation and JSON."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,16 @@ def test_the_table_names_groups_and_what_fits_the_budget(
     assert main(code) == 0
     out = capsys.readouterr().out
     assert "readers" in out and "blocks.*.down" in out and "Within R = 1.03:" in out
+    assert "batch x 4" in out and "signal" in out
     document = json.loads(path.read_text())
     assert (document["at"], document["batches"]) == (2, 2)
     names = [row["name"] for row in document["variants"]]
     assert names[:3] == ["all", "readers", "balanced"]
     for row in document["variants"]:
         assert row["steps_ratio"] == 1 + row["rho"] >= 1
+    critical = {row["critical_batches"] for row in document["variants"]}
+    assert len(critical) == 1, "it is the dense gradient's"
+    assert f"critical batch is about {(critical.pop() or math.inf):.2g} of these" in out
 
 
 def test_a_model_without_a_residual_stream_has_no_presets_but_all(
