@@ -7,8 +7,8 @@ A stochastic gradient of variance S that becomes S + V needs, where noise limits
 (S + V) / S times as many steps. A bias does not average out and is reported beside it: where it is
 not small, R says too little.
 
-With G the mean gradient, S / |G|^2 is how many batches the critical batch is: of larger ones noise no
-longer limits the progress, that of pruning neither. A batch b times as large has both variances
+With G the mean gradient, S / |G|^2 is how many batches the critical batch is: of larger ones noise
+no longer limits the progress, that of pruning neither. A batch b times as large has both variances
 divided by b, and needs (|G|^2 + (S + V) / b) / (|G|^2 + S / b) times as many steps.
 """
 
