@@ -8,58 +8,18 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sdgp_cusparselt as sdgp
-from sdgp_cusparselt.backends.base import ConvGeometry
-from sdgp_cusparselt.packing.layout import PLAIN
-from sdgp_cusparselt.products import operators as ops
 from sdgp_cusparselt.recording.records import COMPILED, LayerRecord, record_of
-
-CONFIG = sdgp.SDGPConfig(prune="magnitude")
-SPARSE = CONFIG.replace(grad_weight="sparse", grad_weight_prune="magnitude")
-GEOMETRY = ops.flat_geometry(ConvGeometry((2, 2), (1, 1), (1, 1), 1))
-LAST = torch.channels_last
-RECORD = LayerRecord()
+from tests.products.operator_samples import CONFIG, samples
 
 
-def samples() -> dict[str, tuple]:
-    input = torch.randn(2, 8, 6, 6).to(memory_format=LAST)
-    weight, grad_output = torch.randn(16, 8, 3, 3), torch.randn(2, 16, 3, 3)
-    where = (CONFIG.text, RECORD.token)
-    return {
-        "prune": (torch.randn(6, 8), "magnitude", 2, 4, -1),
-        "prune none": (torch.randn(6, 8), "none", 2, 4, -1),
-        "pack": (torch.randn(32, 64).bfloat16(), "magnitude", False, PLAIN.to_json()),
-        "pack transposed": (torch.randn(40, 64).bfloat16(), "magnitude", True, PLAIN.to_json()),
-        "matmul": (
-            sdgp.packing.pack(torch.randn(30, 64).bfloat16(), layout=PLAIN).buffer,
-            torch.randn(64, 24).bfloat16(),
-            30,
-            PLAIN.to_json(),
-        ),
-        "linear_grad_input": (torch.randn(2, 3, 8), torch.randn(8, 12), *where),
-        "linear_grad_weight": (
-            torch.randn(6, 8),
-            torch.randn(6, 12),
-            True,
-            SPARSE.text,
-            RECORD.token,
-        ),
-        "linear_grads": (
-            torch.randn(2, 3, 8),
-            torch.randn(8, 12),
-            torch.randn(6, 12),
-            SPARSE.text,
-            RECORD.token,
-        ),
-        "conv2d_grad_input": (grad_output, weight, input, GEOMETRY, *where),
-        "conv2d_grad_weight": (
-            grad_output,
-            input,
-            weight.to(memory_format=LAST),
-            GEOMETRY,
-            SPARSE.text,
-            RECORD.token,
-        ),
-    }
+def registered() -> set[str]:
+    """Return the names of the operators in torch.ops.sdgp."""
+    schemas = torch._C._jit_get_all_schemas()
+    return {s.name.removeprefix("sdgp::") for s in schemas if s.name.startswith("sdgp::")}
+
+
+def test_every_operator_has_samples() -> None:
+    assert registered() == {name.split()[0] for name in samples()}
 
 
 @pytest.mark.parametrize("name", samples())
