@@ -177,7 +177,7 @@ def quality_table(documents: list[dict[str, Any]]) -> str:
 
 def critical_table(documents: list[dict[str, Any]]) -> str:
     """Return a row per step and way: R of this batch and of 4, the mean over pruning's noise."""
-    lines = [["step", "critical batch", "way", "R", "R, 4 times the batch", "signal"]]
+    lines = [["step", "critical batch, in batches", "way", "R", "R, 4 times the batch", "signal"]]
     for step, rows in documents[0]["measured_at"].items():
         for row in rows:
             critical = row["critical_batches"]
