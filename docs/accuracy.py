@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sdgp_cusparselt.commands.quality import LARGER
+from sdgp_cusparselt.telemetry.quality import GradientQuality
 from sdgp_cusparselt.training.equal_loss import ratio_rows, steps_ratios
 from sdgp_cusparselt.training.report import markdown_rows
 from sdgp_cusparselt.training.tasks import TASKS
@@ -177,13 +178,14 @@ def quality_table(documents: list[dict[str, Any]]) -> str:
 
 def critical_table(documents: list[dict[str, Any]]) -> str:
     """Return a row per step and way: R of this batch and of 4, the mean over pruning's noise."""
+    fields = "name", "rho", "bias", "layers", "flop_share", "critical_batches"
     lines = [["step", "critical batch, in batches", "way", "R", "R, 4 times the batch", "signal"]]
     for step, rows in documents[0]["measured_at"].items():
         for row in rows:
-            critical = row["critical_batches"]
-            larger = 1 + row["rho"] / (1 + LARGER / critical)
-            ratios = f"{row['steps_ratio']:.3f}", f"{larger:.3f}"
-            lines.append([step, f"{critical:.1f}", row["name"], *ratios, f"{row['signal']:.1f}"])
+            found = GradientQuality(*(row[field] for field in fields))
+            ratios = f"{found.steps_ratio:.3f}", f"{found.steps_ratio_at(LARGER):.3f}"
+            critical, signal = f"{found.critical_batches:.1f}", f"{found.signal:.1f}"
+            lines.append([step, critical, found.name, *ratios, signal])
     return markdown_rows(lines)
 
 
